@@ -1,0 +1,1 @@
+"""Attention with untied positions, relative bias and head scaling."""

