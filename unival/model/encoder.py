@@ -1,0 +1,275 @@
+"""The encoder: one medium's tokens before the text's, untied positions, relative bias."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import ModelOutput
+
+from unival.kernels.attention.reference import RelativeBlock
+from unival.model.audio_encoder import AudioEncoder
+from unival.model.configuration import UnivalConfig
+from unival.model.image_encoder import ImageEncoder
+from unival.model.positions import (
+    audio_positions,
+    grid_buckets,
+    image_positions,
+    num_grid_buckets,
+    text_buckets,
+    video_positions,
+)
+from unival.model.transformer import EncoderLayer, PositionTerms, split_heads
+from unival.model.video_encoder import VideoEncoder
+
+TEXT, MEDIUM = 0, 1  # rows of the type embedding
+
+
+@dataclass
+class EncoderOutput(ModelOutput):
+    """What the decoder needs.
+
+    last_hidden_state    [B, S, D], medium tokens first, then text
+    padding_mask         bool [B, S], True at padding; None where there is none
+    position_embeddings  [B, S, D], layer-normed; expanded from one row where all rows share positions
+    hidden_states        input of every layer and output of the last, before the final norm
+    """
+
+    last_hidden_state: Tensor | None = None
+    padding_mask: Tensor | None = None
+    position_embeddings: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+def one_row(x: Tensor) -> Tensor:
+    """The single row behind an expanded batch (stride 0), so that shared work is done once."""
+    return x[:1] if x.stride(0) == 0 and x.shape[0] > 1 else x
+
+
+def position_terms(
+    query_linear: nn.Linear, key_linear: nn.Linear, query: Tensor, key: Tensor, config: UnivalConfig
+) -> PositionTerms:
+    """Project position embeddings [B or 1, S or T, D] to the position part of the scores."""
+    scaling = (config.d_model / config.num_heads * config.attn_scale_factor) ** -0.5
+    return PositionTerms(
+        split_heads(query_linear(one_row(query)) * scaling, config.num_heads),
+        split_heads(key_linear(one_row(key)), config.num_heads),
+    )
+
+
+class RelativeTables(nn.Module):
+    """Per-layer relative position tables of one stack: text offsets and grid offsets."""
+
+    text_bucket: Tensor
+
+    def __init__(self, config: UnivalConfig, layers: int) -> None:
+        super().__init__()
+        self.grid = config.image_bucket_size
+        self.max_positions = config.max_text_positions
+        rows = 2 * config.token_bucket_size - 1
+        grid_rows = num_grid_buckets(self.grid)
+        self.text = nn.ModuleList(nn.Embedding(rows, config.num_heads) for _ in range(layers))
+        self.image = nn.ModuleList(nn.Embedding(grid_rows, config.num_heads) for _ in range(layers))
+        self.register_buffer(
+            "text_bucket", text_buckets(config.token_bucket_size, config.max_text_positions)
+        )
+
+    def text_indices(self, query: Tensor, key: Tensor) -> Tensor:
+        """Buckets [S, T] of text positions [S] and [T]."""
+        return self.text_bucket[query[:, None] - key[None, :] + self.max_positions - 1]
+
+    def grid_indices(self, query: Tensor, key: Tensor) -> Tensor:
+        """Buckets [..., S, T] of grid position ids [..., S] and [..., T]."""
+        return grid_buckets(query, key, self.grid)
+
+    @staticmethod
+    def bias(table: nn.Module, indices: Tensor) -> Tensor:
+        """[S, T] or [P, S, T] buckets to [P, H, S, T]."""
+        found = table(indices).movedim(-1, -3)
+        return found if found.ndim == 4 else found.unsqueeze(0)
+
+
+class Encoder(nn.Module):
+    """Media encoders, projections and the transformer encoder."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, config: UnivalConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.type_embedding = nn.Embedding(2, width)
+        self.token_norm = nn.LayerNorm(width)
+        self.patch_norm = nn.LayerNorm(width)
+        self.text_positions = nn.Embedding(config.num_text_positions, width)
+        self.text_position_norm = nn.LayerNorm(width)
+        self.grid_position_norm = nn.LayerNorm(width)
+        self.position_query = nn.Linear(width, width)
+        self.position_key = nn.Linear(width, width)
+        self._add_media_encoders(config)
+        self.relative = RelativeTables(config, config.encoder_layers)
+        rates = torch.linspace(0.0, config.encoder_drop_path, config.encoder_layers, device="cpu")
+        self.layers = nn.ModuleList(EncoderLayer(config, rate.item()) for rate in rates)
+        self.norm = nn.LayerNorm(width)
+
+    def _add_media_encoders(self, config: UnivalConfig) -> None:
+        cells = config.image_bucket_size**2 + 1
+        encoders: dict[str, nn.Module] = {}
+        if config.image_layers is not None:
+            encoders["image"] = ImageEncoder(config.image_layers, config.image_channels)
+        if config.video_layers is not None:
+            encoders["video"] = VideoEncoder(
+                config.video_layers, config.video_channels, config.video_cardinality
+            )
+        if config.audio_channels is not None:
+            encoders["audio"] = AudioEncoder(
+                config.audio_channels, config.mel_bins, config.hop_size, config.audio_sample_rate
+            )
+        for name, encoder in encoders.items():
+            self.add_module(f"{name}_encoder", encoder)
+            self.add_module(f"{name}_proj", nn.Linear(encoder.out_channels, config.d_model))
+            self.add_module(f"{name}_positions", nn.Embedding(cells, config.d_model))
+
+    def media_features(self, medium: str, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode one medium.
+
+        Args:
+            medium: image, video or audio.
+            values: [R, 3, h, w], [R, 3, F, h, w] or [R, L].
+
+        Returns:
+            features [R, N, C] and grid position ids int64 [N].
+
+        Raises:
+            ValueError: the model has no encoder for the medium.
+        """
+        encoder = getattr(self, f"{medium}_encoder", None)
+        if encoder is None:
+            raise ValueError(
+                f"this model has no {medium} encoder; set {medium}_layers (audio: audio_channels) "
+                "in its config"
+            )
+        features = encoder(values)
+        grid, device = self.config.image_bucket_size, features.device
+        if medium == "image":
+            positions = image_positions(*features.shape[-2:], grid, device)
+        elif medium == "video":
+            positions = video_positions(*features.shape[-3:], grid, device)
+        else:
+            positions = audio_positions(features[0, 0].numel(), grid, device)
+        return features.flatten(2).transpose(1, 2), positions
+
+    def sample_patches(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a random subset of tokens in random order: [R, n, C] and position ids [R, n].
+
+        Drawn from Python's generator, row after row, as the released code does.
+        """
+        rows, tokens, _ = features.shape
+        count = self.config.sample_patch_num
+        order = torch.tensor([random.sample(range(tokens), count) for _ in range(rows)])
+        order = order.to(features.device)
+        return features.gather(1, order[..., None].expand(-1, -1, features.shape[-1])), positions[
+            order
+        ]
+
+    def embed_medium(
+        self, medium: str, values: Tensor, media_index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N, D] of a medium and grid position ids [N], or [B, N] for random subsets."""
+        features, positions = self.media_features(medium, values)
+        count = self.config.sample_patch_num
+        if media_index is not None:
+            features = features[media_index]
+        if count is not None and count < features.shape[1]:
+            features, positions = self.sample_patches(features, positions)
+        tokens = getattr(self, f"{medium}_proj")(features) + self.type_embedding.weight[MEDIUM]
+        return F.dropout(self.patch_norm(tokens), self.config.dropout, self.training), positions
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """[B, T] ids to [B, T, D]. Positions are not added: they act through the scores only."""
+        tokens = self.embed_tokens(input_ids) + self.type_embedding.weight[TEXT]
+        return F.dropout(self.token_norm(tokens), self.config.dropout, self.training)
+
+    def relative_blocks(self, text: Tensor, grid: Tensor | None) -> list[list[RelativeBlock]]:
+        """Per layer, the biases of text against text and of medium against medium."""
+        start = 0 if grid is None else grid.shape[-1]
+        indices = self.relative.text_indices(text, text)
+        grid_indices = None if grid is None else self.relative.grid_indices(grid, grid)
+        rows = None
+        if grid is not None and grid.ndim == 2:
+            rows = torch.arange(grid.shape[0], device=grid.device)
+        blocks = []
+        for text_table, image_table in zip(self.relative.text, self.relative.image, strict=True):
+            layer = [RelativeBlock(start, RelativeTables.bias(text_table, indices))]
+            if grid_indices is not None:
+                bias = RelativeTables.bias(image_table, grid_indices)
+                layer.append(RelativeBlock(0, bias, rows))
+            blocks.append(layer)
+        return blocks
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        video_values: Tensor | None = None,
+        audio_values: Tensor | None = None,
+        media_index: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **_: object,
+    ) -> EncoderOutput:
+        """Encode text and at most one medium; arguments as in UnivalForConditionalGeneration."""
+        batch, length = input_ids.shape
+        if length > self.config.max_text_positions:
+            raise ValueError(
+                f"input_ids has {length} tokens a row; the model's limit is "
+                f"{self.config.max_text_positions}"
+            )
+        device = input_ids.device
+        text = torch.arange(length, device=device)
+        positions = self.text_position_norm(self.text_positions(text)).unsqueeze(0)
+        padding = (
+            input_ids == self.config.pad_token_id if attention_mask is None else attention_mask == 0
+        )
+        x, grid = self.embed_text(input_ids), None
+        media = {"image": pixel_values, "video": video_values, "audio": audio_values}
+        given = [name for name, values in media.items() if values is not None]
+        if len(given) > 1:
+            raise ValueError(f"one medium a batch: got {' and '.join(given)}")
+        if given:
+            medium = given[0]
+            tokens, grid = self.embed_medium(medium, media[medium], media_index)
+            if tokens.shape[0] != batch:
+                raise ValueError(
+                    f"{tokens.shape[0]} rows of {medium} for {batch} rows of input_ids; "
+                    "use media_index to share a medium between rows"
+                )
+            x = torch.cat([tokens, x], dim=1)
+            table = getattr(self, f"{medium}_positions")
+            found = self.grid_position_norm(table(grid if grid.ndim == 2 else grid[None]))
+            positions = torch.cat([found, positions.expand(found.shape[0], -1, -1)], dim=1)
+            absent = padding.new_zeros(batch, tokens.shape[1])
+            if patch_mask is not None:
+                absent = absent | ~patch_mask[:, None]
+            padding = torch.cat([absent, padding], dim=1)
+        x = x.masked_fill(padding[..., None], 0.0)
+        terms = position_terms(
+            self.position_query, self.position_key, positions, positions, self.config
+        )
+        states: Sequence[Tensor] = [x]
+        for layer, blocks in zip(self.layers, self.relative_blocks(text, grid), strict=True):
+            x = layer(x, terms, blocks, padding)
+            if output_hidden_states:
+                states = [*states, x]
+        return EncoderOutput(
+            last_hidden_state=self.norm(x),
+            padding_mask=padding,
+            position_embeddings=positions.expand(batch, -1, -1),
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )

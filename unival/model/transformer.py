@@ -1,0 +1,191 @@
+"""Transformer layers: pre-norm with NormFormer's extra norms, untied positions and head scaling.
+
+Shapes: B batch, S queries, T keys, D width, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+from unival.kernels.attention.reference import RelativeBlock, attention_reference
+from unival.model.configuration import UnivalConfig
+
+
+class PositionTerms(NamedTuple):
+    """The untied absolute position part of the scores, shared by all layers of a stack.
+
+    query  [B or 1, H, S, d], scaled
+    key    [B or 1, H, T, d]
+    """
+
+    query: Tensor
+    key: Tensor
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, S, D] to [B, H, S, d]."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth: drop the whole branch of a sample, scale the survivors."""
+    if not training or rate == 0.0:
+        return x
+    keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1.0 - rate)
+    return x * keep / (1.0 - rate)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose scores get position terms and whose heads are scaled."""
+
+    def __init__(self, config: UnivalConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.num_heads = config.num_heads
+        self.scaling = (width / config.num_heads * config.attn_scale_factor) ** -0.5
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.head_scale = nn.Parameter(torch.ones(config.num_heads))
+
+    def project_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of [B, T, D]: two [B, H, T, d]."""
+        key = split_heads(self.k_proj(x), self.num_heads)
+        return key, split_heads(self.v_proj(x), self.num_heads)
+
+    def forward(
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        positions: PositionTerms,
+        relative: Sequence[RelativeBlock] = (),
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, S, D] to the attended [B, S, D] and the probabilities [B, H, S, T]."""
+        query = split_heads(self.q_proj(x) * self.scaling, self.num_heads)
+        output, probabilities = attention_reference(
+            query,
+            *keys_values,
+            positions.query,
+            positions.key,
+            relative,
+            self.head_scale,
+            key_padding_mask,
+            causal,
+        )
+        return self.out_proj(output.transpose(1, 2).flatten(2)), probabilities
+
+
+class FeedForward(nn.Module):
+    """fc1, exact GELU, norm, fc2."""
+
+    def __init__(self, config: UnivalConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
+        self.norm = nn.LayerNorm(config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
+        self.residual_scale = (
+            nn.Parameter(torch.ones(config.d_model)) if config.scale_resids else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(F.gelu(self.fc1(x))))
+
+    def residual(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale is None else self.residual_scale * x
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each normed before and after."""
+
+    def __init__(self, config: UnivalConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.self_attn_norm = nn.LayerNorm(config.d_model)
+        self.self_attn = Attention(config)
+        self.self_attn_post_norm = nn.LayerNorm(config.d_model)
+        self.ffn_norm = nn.LayerNorm(config.d_model)
+        self.ffn = FeedForward(config)
+        self.dropout = config.dropout
+        self.drop_path_rate = drop_path_rate
+
+    def branch(self, x: Tensor) -> Tensor:
+        """Dropout and stochastic depth of a residual branch."""
+        return drop_path(
+            F.dropout(x, self.dropout, self.training), self.drop_path_rate, self.training
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: PositionTerms,
+        relative: Sequence[RelativeBlock],
+        padding_mask: Tensor | None,
+    ) -> Tensor:
+        """[B, S, D] to [B, S, D]."""
+        y = self.self_attn_norm(x)
+        y, _ = self.self_attn(
+            y, self.self_attn.project_keys(y), positions, relative, padding_mask
+        )
+        x = x + self.branch(self.self_attn_post_norm(y))
+        return self.ffn.residual(x) + self.branch(self.ffn(self.ffn_norm(x)))
+
+
+class DecoderLayer(EncoderLayer):
+    """Causal self-attention, cross attention and feed-forward, each normed before and after."""
+
+    def __init__(self, config: UnivalConfig, drop_path_rate: float, index: int) -> None:
+        super().__init__(config, drop_path_rate)
+        self.index = index
+        self.cross_attn_norm = nn.LayerNorm(config.d_model)
+        self.cross_attn = Attention(config)
+        self.cross_attn_post_norm = nn.LayerNorm(config.d_model)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        positions: PositionTerms,
+        relative: Sequence[RelativeBlock],
+        padding_mask: Tensor | None,
+        encoder_states: Tensor,
+        cross_positions: PositionTerms,
+        encoder_padding_mask: Tensor | None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[B, S, D] to [B, S, D] and the cross-attention probabilities [B, H, S, T]."""
+        y = self.self_attn_norm(x)
+        keys_values = self.self_attn.project_keys(y)
+        if cache is not None:
+            keys_values = cache.self_attention_cache.update(*keys_values, self.index)
+        y, _ = self.self_attn(y, keys_values, positions, relative, padding_mask, causal=True)
+        x = x + self.branch(self.self_attn_post_norm(y))
+
+        y = self.cross_attn_norm(x)
+        y, probabilities = self.cross_attn(
+            y,
+            self.cross_keys_values(encoder_states, cache),
+            cross_positions,
+            key_padding_mask=encoder_padding_mask,
+        )
+        x = x + self.branch(self.cross_attn_post_norm(y))
+        return self.ffn.residual(x) + self.branch(self.ffn(self.ffn_norm(x))), probabilities
+
+    def cross_keys_values(
+        self, encoder_states: Tensor, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's states, projected once per generated sequence."""
+        if cache is None:
+            return self.cross_attn.project_keys(encoder_states)
+        if not cache.is_updated.get(self.index):
+            keys_values = self.cross_attn.project_keys(encoder_states)
+            cache.cross_attention_cache.update(*keys_values, self.index)
+            cache.is_updated[self.index] = True
+        layer = cache.cross_attention_cache.layers[self.index]
+        return layer.keys, layer.values
