@@ -1,1 +1,1 @@
-
+"""The unified model: configuration, encoders of the media, encoder and decoder."""

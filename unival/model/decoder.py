@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from unival.kernels.attention.reference import RelativeBlock
 from unival.model.configuration import UnivalConfig
-from unival.model.encoder import EncoderOutput, RelativeTables, position_terms
+from unival.model.encoder import EncoderOutput, RelativeTables, position_projection, position_scale
 from unival.model.positions import code_positions
 from unival.model.transformer import DecoderLayer, PositionTerms
 
@@ -104,25 +104,19 @@ class Decoder(nn.Module):
             blocks.append([RelativeBlock(0, torch.cat(bias), rows)])
         return blocks
 
-    def cross_key(self, encoder: EncoderOutput, query: Tensor, cache: Cache | None) -> PositionTerms:
-        """Cross-attention position terms; the encoder's side is projected once a sequence.
+    def cross_key(self, encoder: EncoderOutput, cache: Cache | None) -> Tensor:
+        """The encoder's side of the cross-attention positions, projected once a sequence.
 
         Beams of a sentence share the encoder's positions, so the cached part needs no reordering.
         """
         kept = getattr(cache, "cross_position_key", None)
-        source = encoder.position_embeddings
-        terms = position_terms(
-            self.cross_position_query,
-            self.cross_position_key if kept is None else nn.Identity(),
-            query,
-            source if kept is None else source[:1, :0],
-            self.config,
-        )
-        if kept is not None:
-            return PositionTerms(terms.query, kept)
-        if cache is not None:
-            cache.cross_position_key = terms.key
-        return terms
+        if kept is None:
+            kept = position_projection(
+                self.cross_position_key, encoder.position_embeddings, self.config
+            )
+            if cache is not None:
+                cache.cross_position_key = kept
+        return kept
 
     def forward(
         self,
@@ -147,11 +141,15 @@ class Decoder(nn.Module):
         past = 0 if cache is None else cache.get_seq_length()
         total = past + embedded.shape[1]
         positions = self.position_embeddings(total, code_mask, device)
-        query = positions[:, past:]
-        self_terms = position_terms(
-            self.self_position_query, self.self_position_key, query, positions, self.config
+        query, scale = positions[:, past:], position_scale(self.config)
+        self_terms = PositionTerms(
+            position_projection(self.self_position_query, query, self.config) * scale,
+            position_projection(self.self_position_key, positions, self.config),
         )
-        cross_terms = self.cross_key(encoder, query, cache)
+        cross_terms = PositionTerms(
+            position_projection(self.cross_position_query, query, self.config) * scale,
+            self.cross_key(encoder, cache),
+        )
         x = self.embed(embedded, code_mask)
         states, attentions = [x], []
         relative = self.relative_blocks(past, total, code_mask, device)

@@ -50,15 +50,14 @@ def one_row(x: Tensor) -> Tensor:
     return x[:1] if x.stride(0) == 0 and x.shape[0] > 1 else x
 
 
-def position_terms(
-    query_linear: nn.Linear, key_linear: nn.Linear, query: Tensor, key: Tensor, config: UnivalConfig
-) -> PositionTerms:
-    """Project position embeddings [B or 1, S or T, D] to the position part of the scores."""
-    scaling = (config.d_model / config.num_heads * config.attn_scale_factor) ** -0.5
-    return PositionTerms(
-        split_heads(query_linear(one_row(query)) * scaling, config.num_heads),
-        split_heads(key_linear(one_row(key)), config.num_heads),
-    )
+def position_projection(linear: nn.Linear, positions: Tensor, config: UnivalConfig) -> Tensor:
+    """Project position embeddings [B, S, D] to heads [B or 1, H, S, d]."""
+    return split_heads(linear(one_row(positions)), config.num_heads)
+
+
+def position_scale(config: UnivalConfig) -> float:
+    """(d * attn_scale_factor)^-1/2; content and position parts of the scores share it."""
+    return (config.d_model / config.num_heads * config.attn_scale_factor) ** -0.5
 
 
 class RelativeTables(nn.Module):
@@ -259,8 +258,10 @@ class Encoder(nn.Module):
                 absent = absent | ~patch_mask[:, None]
             padding = torch.cat([absent, padding], dim=1)
         x = x.masked_fill(padding[..., None], 0.0)
-        terms = position_terms(
-            self.position_query, self.position_key, positions, positions, self.config
+        terms = PositionTerms(
+            position_projection(self.position_query, positions, self.config)
+            * position_scale(self.config),
+            position_projection(self.position_key, positions, self.config),
         )
         states: Sequence[Tensor] = [x]
         for layer, blocks in zip(self.layers, self.relative_blocks(text, grid), strict=True):
