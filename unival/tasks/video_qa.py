@@ -1,0 +1,5 @@
+"""Question answering on videos."""
+
+from unival.tasks.answering import Answering
+
+TASK = Answering("video_qa", ("video_qa",))
