@@ -1,1 +1,1 @@
-
+"""Cross-entropy over the whole vocabulary, from decoder states or logits."""

@@ -1,1 +1,1 @@
-
+"""Conversion between the original checkpoints and this project's safetensors."""

@@ -1,1 +1,1 @@
-
+"""Searching for answers: beam search, constraints, boxes."""

@@ -1,1 +1,1 @@
-
+"""The training engine: losses, schedule, step, checkpoints, logs."""
