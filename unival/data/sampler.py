@@ -1,0 +1,72 @@
+"""Which record comes next: one seeded order for the whole world, whose only state is the step."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def positions(step: int, rows_per_rank: int, rank: int, world_size: int) -> range:
+    """The stream positions of one rank in one step.
+
+    The ranks of a step hold consecutive runs, so that `world_size` ranks with `rows_per_rank` rows
+    consume together what one rank with `world_size * rows_per_rank` rows would.
+    """
+    if not 0 <= rank < world_size or rows_per_rank < 1 or step < 0:
+        raise ValueError(f"no rank {rank} of {world_size}, {rows_per_rank} rows, step {step}")
+    start = (step * world_size + rank) * rows_per_rank
+    return range(start, start + rows_per_rank)
+
+
+class RecordStream:
+    """An endless order of the records 0..length-1: every epoch is a new permutation of them.
+
+    The permutation of an epoch follows from (seed, name, epoch) alone. It sorts raw Philox words,
+    a stream that numpy keeps from version to version (which `Generator.permutation` is not sure
+    to), so that a run resumes alike after an upgrade. The current epoch's permutation is kept:
+    8 bytes a record.
+    """
+
+    def __init__(self, table_len: int, seed: int, name: str) -> None:
+        if table_len < 1:
+            raise ValueError(f"stream {name!r}: the table has no records")
+        self.length = table_len
+        self.seed = seed
+        self.name = name
+        self._current: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def index(self, position: int) -> int:
+        """The record at a position of the stream, counted from 0 over all epochs and ranks."""
+        if position < 0:
+            raise ValueError(f"stream {self.name!r}: position {position} is negative")
+        epoch, place = divmod(position, self.length)
+        return int(self._permutation(epoch)[place])
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """Another record for a position whose own cannot be decoded; attempts count from 0.
+
+        The first length - 1 attempts name different records, none of them the position's own.
+
+        Raises:
+            ValueError: there is no further record.
+        """
+        others = self.length - 1
+        if not 0 <= attempt < others:
+            raise ValueError(f"stream {self.name!r}: no substitute {attempt} of {others}")
+        shift = 1 + (self._number("substitute", position) + attempt) % others
+        epoch, place = divmod(position, self.length)
+        return int(self._permutation(epoch)[(place + shift) % self.length])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        known, order = self._current  # one attribute, so that threads never see half a change
+        if epoch != known:
+            words = np.random.Philox(key=self._number("epoch", epoch)).random_raw(self.length)
+            order = np.argsort(words, kind="stable")
+            self._current = (epoch, order)
+        return order
+
+    def _number(self, purpose: str, count: int) -> int:
+        """128 bits that depend on every argument, as Python's own hash would not repeatably."""
+        text = f"{self.seed}\0{self.name}\0{purpose}\0{count}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
