@@ -24,16 +24,10 @@ def ids_to_box(ids: Sequence[int], width: int, height: int, image_size: int) -> 
     return bins_to_box(bins, image_size / width, image_size / height)
 
 
-def overlap(box_a: Box, box_b: Box) -> tuple[float, float]:
-    """Width and height of the intersection; not positive where the boxes do not meet."""
-    wide = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
-    high = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])
-    return wide, high
-
-
 def iou(box_a: Box, box_b: Box) -> float:
     """Intersection over union: inter / (A + B - inter + 1e-6), as in the original evaluation."""
-    wide, high = overlap(box_a, box_b)
+    wide = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
+    high = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])
     inter = max(wide, 0.0) * max(high, 0.0)
     area_a = (box_a[2] - box_a[0]) * (box_a[3] - box_a[1])
     area_b = (box_b[2] - box_b[0]) * (box_b[3] - box_b[1])

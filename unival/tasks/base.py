@@ -35,8 +35,8 @@ class Decoding:
     """How a task's answer is searched for (reference values: the published evaluation scripts).
 
     Lengths count the tokens before </s>. With `constraint="answers"` the answer is one of the
-    task's `candidates` or, where the task has none, of the data set's answer list.
-    `decoder_prompt` holds after fine-tuning only: see `decoder_prompt()`.
+    task's `candidates` or, where the task has none, of the data set's answer list; without such a
+    list the search is free. `decoder_prompt` holds after fine-tuning only: see `decoder_prompt()`.
     """
 
     beam_size: int = 5

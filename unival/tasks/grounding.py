@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from unival.data.records import Record
 from unival.tasks.base import Box, Decoding, Example, TaskContext, assemble, require
 from unival.text import SOURCE_WORDS, pre_caption
-from unival.vocabulary import FIRST_BIN, Vocabulary, box_to_bins
+from unival.vocabulary import Vocabulary, box_to_bins
 
 # The published scripts search freely; constraint="bins" is the option that forbids other tokens.
 SEARCH = Decoding(beam_size=5, max_length=4, min_length=4, no_repeat_ngram_size=3)
@@ -52,8 +52,7 @@ class Grounding:
 
     def answer(self, ids: Sequence[int], vocabulary: Vocabulary) -> str:
         """Bins separated by spaces, for example `<bin_0> <bin_12> <bin_500> <bin_999>`."""
-        words = (vocabulary.decode([i]) + " " * (i >= FIRST_BIN) for i in ids)
-        return "".join(words).strip()
+        return vocabulary.decode(ids).replace("><bin_", "> <bin_").strip()
 
 
 def region_ids(box: Box | None, vocabulary: Vocabulary) -> list[int]:
