@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unival.model.batchnorm import BatchNorm2d
+
 N_FFT = 1024
 F_MIN, F_MAX = 50.0, 14000.0
 
@@ -105,8 +107,8 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out)
-        self.bn2 = nn.BatchNorm2d(out)
+        self.bn1 = BatchNorm2d(out)
+        self.bn2 = BatchNorm2d(out)
 
     def forward(self, x: Tensor, pool: int) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -122,7 +124,7 @@ class AudioEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.logmel = LogMel(sample_rate, mel_bins, hop_size)
-        self.bn0 = nn.BatchNorm2d(mel_bins)
+        self.bn0 = BatchNorm2d(mel_bins)
         width = 1
         for index, out in enumerate(channels, start=1):
             self.add_module(f"conv_block{index}", ConvBlock(width, out))

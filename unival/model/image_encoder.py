@@ -8,6 +8,8 @@ import torch
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor
 
+from unival.model.batchnorm import BatchNorm2d
+
 
 class ImageEncoder(ResNet):
     """ResNet-v1b (stride in the 3x3 convolution) that returns its last feature map.
@@ -22,6 +24,7 @@ class ImageEncoder(ResNet):
             layers=tuple(layers),
             channels=tuple(channels)[: len(layers)],
             num_classes=0,
+            norm_layer=BatchNorm2d,
         )
         self.num_stages = len(layers)
         self.out_channels = channels[len(layers) - 1] * Bottleneck.expansion

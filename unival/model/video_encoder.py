@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unival.model.batchnorm import BatchNorm3d
+
 
 class Bottleneck3d(nn.Module):
     """1x1x1, grouped 3x3x3 and 1x1x1 convolutions around a shortcut; expansion 2."""
@@ -19,16 +21,16 @@ class Bottleneck3d(nn.Module):
         super().__init__()
         out = planes * self.expansion
         self.conv1 = nn.Conv3d(channels, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm3d(planes)
+        self.bn1 = BatchNorm3d(planes)
         self.conv2 = nn.Conv3d(
             planes, planes, 3, stride=stride, padding=1, groups=groups, bias=False
         )
-        self.bn2 = nn.BatchNorm3d(planes)
+        self.bn2 = BatchNorm3d(planes)
         self.conv3 = nn.Conv3d(planes, out, 1, bias=False)
-        self.bn3 = nn.BatchNorm3d(out)
+        self.bn3 = BatchNorm3d(out)
         self.downsample = (
             nn.Sequential(
-                nn.Conv3d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm3d(out)
+                nn.Conv3d(channels, out, 1, stride=stride, bias=False), BatchNorm3d(out)
             )
             if project
             else None
@@ -47,7 +49,7 @@ class VideoEncoder(nn.Module):
     def __init__(self, layers: Sequence[int], channels: Sequence[int], cardinality: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(3, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
-        self.bn1 = nn.BatchNorm3d(64)
+        self.bn1 = BatchNorm3d(64)
         width = 64
         for stage, (depth, planes) in enumerate(zip(layers, channels, strict=False), start=1):
             blocks = []
