@@ -1,0 +1,37 @@
+# make install    an environment in $(VENV) with the tested versions and this checkout
+# make demo       train and evaluate a tiny model on the samples in this repository
+# make test       the fast tests
+# make test-all   every test, the slow ones included
+# make lint       ruff and mypy
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-all lint
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(STAMP): setup.py requirements-tested.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements-tested.txt
+	$(BIN)/python -m pip install -e . --no-deps
+	touch $(STAMP)
+
+install: $(STAMP)
+
+demo: install
+	PATH="$(BIN):$$PATH" $(BIN)/unival demo
+
+test: install
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q
+
+test-all: install
+	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q -m ""
+
+lint: install
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
