@@ -10,11 +10,15 @@ from torch import Tensor
 
 
 class LossSums(NamedTuple):
-    """Sums over the kept tokens: the loss, its unsmoothed part, and how many were kept."""
+    """Sums over the kept tokens: the loss, its unsmoothed part, and how many were kept.
+
+    token_nll [n] is the negative log-likelihood of every token, dropped ones too; no gradient.
+    """
 
     loss: Tensor
     nll: Tensor
     tokens: int
+    token_nll: Tensor
 
 
 def encouraging_bonus(probability: Tensor, log_end: float) -> Tensor:
@@ -70,6 +74,7 @@ def cross_entropy_sums(
     if weight is not None:
         logp = logp * weight[:, None]
     nll = -logp.gather(-1, target[:, None]).squeeze(-1)
+    token_nll = nll.detach()
     if label_smoothing > 0.0:
         counted = logp if allowed is None else logp.masked_fill(~allowed, 0.0)
         loss = (1.0 - label_smoothing - spread) * nll - spread * counted.sum(-1)
@@ -89,4 +94,4 @@ def cross_entropy_sums(
         one, two = logp.chunk(2)
         difference = (one.exp() - two.exp()) * (one - two)
         total = total + rdrop_alpha * 0.5 * difference.sum()
-    return LossSums(total, nll.sum(), loss.numel())
+    return LossSums(total, nll.sum(), loss.numel(), token_nll)

@@ -37,6 +37,15 @@ class Criterion:
             counted[:, : self.ignore_prefix_size] = False
         return counted
 
+    def kept(self, target: Tensor, update: int) -> int:
+        """How many tokens of int64 [B, U] count in the loss after dropping the worst."""
+        count = int(self.counted(target).sum())
+        return int(count * (1.0 - self.dropping(update))) if self.dropping(update) else count
+
+    def dropping(self, update: int) -> float:
+        """Share of tokens dropped at this update."""
+        return self.drop_worst_ratio if update > self.drop_worst_after else 0.0
+
     def __call__(
         self,
         logits: Tensor,
@@ -59,7 +68,6 @@ class Criterion:
         weights = None
         if weight is not None:
             weights = weight[:, None].expand_as(target)[counted].to(logits.dtype)
-        dropping = self.drop_worst_ratio if update > self.drop_worst_after else 0.0
         return cross_entropy_sums(
             logits,
             target[counted],
@@ -67,7 +75,7 @@ class Criterion:
             weight=weights,
             allowed=allowed,
             constraint_range=self.constraint_range,
-            drop_worst_ratio=dropping,
+            drop_worst_ratio=self.dropping(update),
             log_end=self.log_end,
             rdrop_alpha=self.rdrop_alpha,
         )
