@@ -89,8 +89,10 @@ def decode_clip(
 def frame_indices(
     num_frames: int, length: int, indices: str, rng: random.Random | None = None
 ) -> list[int]:
-    """Which of `length` frames to take: one of each of n = min(num_frames, length) intervals, whose
-    borders are the whole parts of linspace(0, length, n + 1). The last is repeated up to num_frames.
+    """Which of `length` frames to take: one in each of n = min(num_frames, length) intervals.
+
+    Their borders are the whole parts of linspace(0, length, n + 1). The last frame chosen is
+    repeated up to num_frames.
 
     `random` draws among a..b-2 of an interval [a, b): its last frame never comes, as in the
     original. Where an interval has fewer than two frames, n frames of the film are drawn instead.

@@ -116,7 +116,7 @@ def _box_inside(record: Record, width: int, height: int) -> Box | None:
 
 def normalize(values: Tensor) -> Tensor:
     """(x / 255 - 0.5) / 0.5 in float32: 0..255 becomes -1..1 (section 3)."""
-    return values.to(torch.float32).div_(127.5).sub_(1.0)
+    return (values.to(torch.float32) / 127.5).sub_(1.0)
 
 
 def collate(
