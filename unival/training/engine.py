@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unival.model.batchnorm import set_batchnorm_statistics
 from unival.model.modeling import UnivalForConditionalGeneration
+from unival.tasks import TASKS
 from unival.training.batches import Batch
 from unival.training.losses import Criterion, states_at
 from unival.training.options import Run, Stage
@@ -161,7 +162,7 @@ class Engine:
         return result.loss
 
     def _result(self, sums: dict[str, list[float]], batches: list[Batch]) -> StepResult:
-        tasks = sorted(task for task in sums if task != "loss")
+        tasks = list(TASKS)  # the same on every rank, whatever kinds of rows it drew
         examples = sum(len(batch.tasks) for batch in batches)
         tokens = sum(
             int((b.tensors[n] != 1).sum())
@@ -176,7 +177,7 @@ class Engine:
         norm = self.deepspeed.get_global_grad_norm()
         return StepResult(
             loss=loss,
-            task_nll={task: nll / max(count, 1.0) for task, (nll, count) in pairs.items()},
+            task_nll={task: nll / count for task, (nll, count) in pairs.items() if count},
             grad_norm=float("nan") if norm is None else float(norm),
             samples=int(examples),
             tokens=int(tokens),

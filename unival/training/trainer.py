@@ -1,0 +1,171 @@
+"""The run: stages in order, each trained, checkpointed, logged and handed to the next."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from unival.config import load_config, save_config
+from unival.data.batch import MediaOptions
+from unival.data.sources import open_table
+from unival.evaluation.runner import Evaluation, evaluate
+from unival.model.configuration import UnivalConfig
+from unival.model.modeling import UnivalForConditionalGeneration
+from unival.training.batches import BatchMaker, check_tasks
+from unival.training.checkpoint import ResumeError, StageFolder
+from unival.training.engine import Engine, init_distributed, learning_rate
+from unival.training.logs import RunLog, memory_gib
+from unival.training.options import Run, Stage
+from unival.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+def make_vocabulary(run: Run) -> Vocabulary:
+    """The run's tokenizer: the order of text entries its config asks for."""
+    return Vocabulary(run.text_order, run.dict_path)
+
+
+def make_model(run: Run, previous: Path | None) -> UnivalForConditionalGeneration:
+    """The last finished stage's model, else `init_from`, else fresh weights from the run's seed."""
+    source = previous or (Path(run.model.init_from) if run.model.init_from else None)
+    if source is None:
+        torch.manual_seed(run.seed)
+        config = UnivalConfig.from_yaml(run.model.config, **run.model.overrides)
+        return UnivalForConditionalGeneration(config)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source}: no saved model (config.json) in this folder")
+    return UnivalForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+
+
+def check_same_run(run: Run, folder: Path) -> None:
+    """Refuse to go on in a folder whose run had other stages, data or model (rank 0)."""
+    path = folder / "config.yaml"
+    if path.is_file():
+        before = load_config(Run, path)
+        for name in ("stages", "sources", "model", "media", "seed", "precision"):
+            if getattr(before, name) != getattr(run, name):
+                raise ResumeError(
+                    f"{folder}: was begun with another {name!r}; choose another `output`, or remove it"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(run, path)
+
+
+def measure(run: Run, model: UnivalForConditionalGeneration, folder: Path) -> Evaluation:
+    """Evaluate the run's tasks and save the result in `folder`."""
+    options = run.evaluate
+    sources = {name: run.sources[name] for name in options.sources or run.sources}
+    tables = {
+        name: open_table(s.path, s.layout, s.medium, s.media_root) for name, s in sources.items()
+    }
+    answers = Path(run.answers).read_text(encoding="utf-8").splitlines() if run.answers else []
+    result = evaluate(
+        model,
+        make_vocabulary(run),
+        tables,
+        options.tasks,
+        MediaOptions(**asdict(run.media)),
+        answers=answers,
+        fine_tuned=options.fine_tuned,
+        batch_size=options.batch_size,
+        folder=folder,
+    )
+    result.save(folder)
+    return result
+
+
+def train(run: Run) -> Path:
+    """Train all stages of a run, going on where an earlier process stopped.
+
+    Returns:
+        The folder of the final model.
+
+    Raises:
+        ValueError, ResumeError: the config, or the run folder, cannot be used.
+    """
+    check_tasks(run)
+    rank, world_size = init_distributed()
+    folder = Path(run.output)
+    if rank == 0:
+        check_same_run(run, folder)
+    dist.barrier()
+    vocabulary = make_vocabulary(run)
+    run_log = None
+    total = sum(stage.steps for stage in run.stages)
+    if rank == 0:
+        run_log = RunLog(folder, total, run.log_every, run.tensorboard)
+    previous, done = None, 0
+    for stage in run.stages:
+        place = StageFolder(folder, stage.name)
+        if not place.finished:
+            model = make_model(run, previous)
+            first = not done and not (place.path / "progress.json").is_file()
+            if rank == 0 and first and run.evaluate.before and run.evaluate.tasks:
+                measure(run, model, folder / "evaluation_before")
+            dist.barrier()
+            train_stage(run, stage, model, vocabulary, place, done, run_log)
+            if rank == 0:
+                place.finish(model, vocabulary)
+            dist.barrier()
+        previous, done = place.model, done + stage.steps
+    if rank == 0:
+        assert run_log is not None and previous is not None
+        run_log.close()
+        if run.evaluate.tasks:
+            measure(run, make_model(run, previous), folder / "evaluation_after")
+    dist.barrier()
+    assert previous is not None
+    return previous
+
+
+def train_stage(
+    run: Run,
+    stage: Stage,
+    model: UnivalForConditionalGeneration,
+    vocabulary: Vocabulary,
+    place: StageFolder,
+    steps_before: int,
+    run_log: RunLog | None,
+) -> None:
+    """Train one stage from its last checkpoint to its end."""
+    place.path.mkdir(parents=True, exist_ok=True)
+    engine = Engine(model, run, stage)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    maker = BatchMaker(run, stage, vocabulary, rank, world_size)
+    start = place.restore(engine.deepspeed)
+    if run_log is not None:
+        run_log.resume(steps_before + start)
+    waited, began = 0.0, time.monotonic()
+    for index, batches in enumerate(maker.steps(start, stage.steps), start=start):
+        ready = time.monotonic()
+        waited = ready - began
+        update = index + 1
+        result = engine.step(batches, update)
+        seconds = time.monotonic() - began
+        began = time.monotonic()
+        if run_log is not None:
+            entry = {
+                "stage": stage.name,
+                "step": update,
+                "global_step": steps_before + update,
+                "loss": result.loss,
+                "tasks": result.task_nll,
+                "lr": learning_rate(stage, update),
+                "grad_norm": result.grad_norm,
+                "samples_per_second": result.samples / seconds,
+                "tokens_per_second": result.tokens / seconds,
+                "step_seconds": seconds,
+                "data_wait": waited / seconds,
+                "memory_gib": memory_gib(),
+                "bad_samples": maker.bad_samples,
+                "samples_seen": update * result.samples,
+            }
+            run_log.step(entry, write=update % run.log_every == 0 or update == stage.steps)
+        if update % run.checkpoint_every == 0 and update < stage.steps:
+            place.save(engine.deepspeed, update, run.keep)
