@@ -158,7 +158,7 @@ def _estimated_length(
     container: av.container.InputContainer, stream: av.audio.stream.AudioStream, rate: int
 ) -> int:
     """Samples by the header; 0 where it does not say, so that the piece is the beginning."""
-    if stream.duration:
+    if stream.duration and stream.time_base:
         return max(int(stream.duration * stream.time_base * rate), 0)
     return max((container.duration or 0) * rate // av.time_base, 0)
 

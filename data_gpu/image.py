@@ -67,23 +67,24 @@ def image_to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
-def _resize(image: Image.Image, width: int, height: int, box: Box | None) -> tuple:
-    if box is not None:
-        x, y = width / image.width, height / image.height
-        box = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-    return image.resize((width, height), Image.Resampling.BICUBIC), box
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _scale(box: Box, before: Image.Image, after: Image.Image) -> Box:
+    x, y = after.width / before.width, after.height / before.height
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
 def resize_exact(
     image: Image.Image, size: int, box: Box | None = None
 ) -> tuple[Image.Image, Box | None]:
     """size x size whatever the aspect: fine-tuning and evaluation (3.1)."""
-    return _resize(image, size, size, box)
+    resized = _resize(image, size, size)
+    return resized, None if box is None else _scale(box, image, resized)
 
 
-def _random_resize(
-    image: Image.Image, size: int, rng: random.Random, box: Box | None = None
-) -> tuple[Image.Image, Box | None]:
+def _random_resize(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
     """The short side drawn from size..480; each side then capped at 672 by itself, which squeezes a
     long picture, as in the original."""
     short = rng.randint(size, max(size, MAX_SCALE))
@@ -92,12 +93,12 @@ def _random_resize(
         width, height = short, int(short * image.height / image.width)
     else:
         width, height = int(short * image.width / image.height), short
-    return _resize(image, min(width, cap), min(height, cap), box)
+    return _resize(image, min(width, cap), min(height, cap))
 
 
 def random_resize_center_crop(image: Image.Image, size: int, rng: random.Random) -> Image.Image:
     """Pre-training on captions and questions: a random resize, then the middle (3.1)."""
-    resized, _ = _random_resize(image, size, rng)
+    resized = _random_resize(image, size, rng)
     left = round((resized.width - size) / 2)
     top = round((resized.height - size) / 2)
     return resized.crop((left, top, left + size, top + size))
@@ -112,13 +113,21 @@ def random_resize_object_crop(
     The crop starts at a whole pixel and the box moves by that; the original moved it by the
     fraction, up to half a pixel beside the picture.
     """
-    resized, scaled = _random_resize(image, size, rng, box)
-    x0, y0, x1, y1 = scaled
+    resized = _random_resize(image, size, rng)
+    x0, y0, x1, y1 = _scale(box, image, resized)
     left = _crop_start((x0 + x1) / 2, size, resized.width)
     top = _crop_start((y0 + y1) / 2, size, resized.height)
-    moved = (x0 - left, y0 - top, x1 - left, y1 - top)
-    cut = tuple(min(max(value, 0.0), float(size)) for value in moved)
-    return resized.crop((left, top, left + size, top + size)), cut
+    cropped = resized.crop((left, top, left + size, top + size))
+    return cropped, (
+        _within(x0 - left, size),
+        _within(y0 - top, size),
+        _within(x1 - left, size),
+        _within(y1 - top, size),
+    )
+
+
+def _within(value: float, size: int) -> float:
+    return min(max(value, 0.0), float(size))
 
 
 def _crop_start(center: float, size: int, length: int) -> int:

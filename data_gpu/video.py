@@ -36,7 +36,7 @@ def open_container(media: Media) -> Iterator[av.container.InputContainer]:
     require_content(media)
     try:
         source = str(media.absolute()) if isinstance(media, Path) else io.BytesIO(media)
-        with av.open(source, options=AV_OPTIONS) as container:
+        with av.open(source, mode="r", options=AV_OPTIONS) as container:
             yield container
     except DecodeError:
         raise
@@ -74,8 +74,10 @@ def decode_clip(
     """
     if indices not in INDICES or mode not in MODES:
         raise ValueError(f"indices {indices!r}, mode {mode!r}; known: {INDICES}, {MODES}")
-    if rng is None and (indices == "random" or mode == "random_resized_crop"):
-        raise ValueError("random frames and crops need rng")
+    if rng is None:
+        if indices == "random" or mode == "random_resized_crop":
+            raise ValueError("random frames and crops need rng")
+        rng = random.Random(0)  # never drawn from
     frames = _read_frames(media, num_frames, indices, rng)
     if mode == "exact":
         frames = [_resize(frame, size) for frame in frames]
@@ -86,9 +88,7 @@ def decode_clip(
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).contiguous()
 
 
-def frame_indices(
-    num_frames: int, length: int, indices: str, rng: random.Random | None = None
-) -> list[int]:
+def frame_indices(num_frames: int, length: int, indices: str, rng: random.Random) -> list[int]:
     """Which of `length` frames to take: one in each of n = min(num_frames, length) intervals.
 
     Their borders are the whole parts of linspace(0, length, n + 1). The last frame chosen is
@@ -111,7 +111,7 @@ def frame_indices(
 
 
 def _read_frames(
-    media: Media, num_frames: int, indices: str, rng: random.Random | None
+    media: Media, num_frames: int, indices: str, rng: random.Random
 ) -> list[np.ndarray]:
     """uint8 [H, W, 3] of each wanted frame."""
     length = _frames_by_header(media) or _frames_by_packets(media)

@@ -108,25 +108,18 @@ def parse_codes(values: Iterable[str | int], origin: Origin, field: str) -> tupl
     return tuple(codes)
 
 
-def check_complete(record: Record, fields: dict[str, str] | None = None) -> Record:
-    """Refuse a record that lacks what its kind needs.
-
-    `fields` renames a field in the message to what the file calls it.
-    """
-    names = fields or {}
-    if record.kind in ("qa", "video_qa"):
-        check_text(record.question, record.origin, names.get("question", "question"))
-        needed = {"answers": record.answers}
-    elif record.kind == "visual_grounding":
-        needed = {"captions": record.captions, "box": record.box}
-    elif record.kind == "visual_entailment":
-        needed = {"captions": record.captions, "label": record.label}
-    elif record.kind == "image_generation":
-        needed = {"captions": record.captions, "codes": record.codes}
-    else:
-        needed = {"captions": record.captions}
-    for field, value in needed.items():
-        if not value:
+def check_complete(record: Record) -> Record:
+    """Refuse a record that lacks what its kind needs."""
+    needed = {
+        "qa": ("question", "answers"),
+        "video_qa": ("question", "answers"),
+        "visual_grounding": ("captions", "box"),
+        "visual_entailment": ("captions", "label"),
+        "image_generation": ("captions", "codes"),
+    }.get(record.kind, ("captions",))
+    for field in needed:
+        value = getattr(record, field)
+        if not value or (isinstance(value, str) and not value.strip()):
             problem = f"missing or empty; a {record.kind} record needs it"
-            raise RecordError(record.origin, names.get(field, field), problem)
+            raise RecordError(record.origin, field, problem)
     return record

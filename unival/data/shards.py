@@ -74,7 +74,7 @@ def members(path: Path) -> Iterator[tuple[str, str, int, int]]:
     try:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
-                tar.members = []  # tarfile would keep every header in memory
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header in memory
                 origin = Origin(str(path), member.name)
                 if member.isdir():
                     continue
