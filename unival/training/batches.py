@@ -8,7 +8,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -16,7 +16,9 @@ from torch import Tensor
 from unival.data.batch import MediaOptions, collate, load_media
 from unival.data.records import Record, RecordError
 from unival.data.sampler import RecordStream, positions
+from unival.data.shards import TarShards
 from unival.data.sources import open_table
+from unival.data.tsv import TsvTable
 from unival.tasks import TASKS
 from unival.tasks.base import Box, Example, TaskContext
 from unival.training.options import MicroBatch, Mixture, Run, Stage
@@ -82,6 +84,19 @@ def read_context(folder: str | None, fine_tuning: bool) -> TaskContext:
     return TaskContext(lines("all_captions.txt"), lines("object.txt"), types, fine_tuning)
 
 
+def open_sources(run: Run) -> dict[str, TsvTable | TarShards]:
+    """The tables of all sources of a run."""
+    return {
+        name: open_table(source.path, source.layout, source.medium, source.media_root)
+        for name, source in run.sources.items()
+    }
+
+
+def read_answers(run: Run) -> list[str]:
+    """The run's candidate answers; empty where it names no file."""
+    return Path(run.answers).read_text(encoding="utf-8").splitlines() if run.answers else []
+
+
 class BatchMaker:
     """Builds the micro-batches of any step of a stage: a function of (seed, stage, step, rank)."""
 
@@ -96,11 +111,7 @@ class BatchMaker:
         used = {mix.source for micro in stage.micro_batches for mix in micro.mixture}
         for name in sorted(used - run.sources.keys()):
             raise ValueError(f"stage {stage.name!r} uses source {name!r}, which `sources` lacks")
-        self.tables = {
-            name: open_table(source.path, source.layout, source.medium, source.media_root)
-            for name, source in run.sources.items()
-            if name in used
-        }
+        self.tables = open_sources(replace(run, sources={n: run.sources[n] for n in used}))
         self.streams = {
             name: RecordStream(len(table), run.seed, f"{stage.name}/{name}")
             for name, table in self.tables.items()
@@ -185,5 +196,6 @@ class BatchMaker:
 def check_tasks(run: Run) -> None:
     """Refuse unknown task names in a run, naming the ones that exist."""
     named = {task for s in run.stages for m in s.micro_batches for x in m.mixture for task in x.tasks}
-    for name in sorted((named | set(run.evaluate.tasks)) - TASKS.keys()):
+    named |= {task for stage in run.stages for task in stage.evaluate}
+    for name in sorted(named - TASKS.keys()):
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")

@@ -60,6 +60,8 @@ class Stage:
     """One stage of the curriculum: its steps, what a step is made of, its schedule and loss.
 
     schedule_steps  horizon of the linear decay; the stage may stop before it (released: 50 epochs)
+    fine_tuning     prompts and targets of fine-tuning instead of pretraining
+    evaluate        tasks measured on the stage's model; before the run, on the first model
     """
 
     name: str
@@ -74,6 +76,7 @@ class Stage:
     log_end: float | None = None
     drop_worst_ratio: float = 0.0
     drop_worst_after: int = 0
+    evaluate: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -95,22 +98,13 @@ class Optimizer:
 
 
 @dataclass
-class Evaluate:
-    """What to measure before and after the run. fine_tuned: tasks asked with fine-tuning prompts."""
-
-    tasks: list[str] = field(default_factory=list)
-    sources: list[str] = field(default_factory=list)
-    fine_tuned: list[str] = field(default_factory=list)
-    batch_size: int = 16
-    before: bool = True
-
-
-@dataclass
 class Run:
     """A training run.
 
     batchnorm        local (released), sync, or frozen
     precision        fp32 or bf16; bf16 wants zero_stage >= 1
+    answers          a file of candidate answers, one a line, that questions are answered from
+    evaluate_before  measure the first model too
     media_cache_mb   keeps decoded media of deterministic transforms
     checkpoint_every steps between checkpoints; keep: how many remain
     """
@@ -121,7 +115,8 @@ class Run:
     model: ModelOptions = field(default_factory=ModelOptions)
     media: Media = field(default_factory=Media)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    evaluate: Evaluate = field(default_factory=Evaluate)
+    evaluate_before: bool = True
+    evaluate_batch: int = 16
     negatives: str | None = None
     answers: str | None = None
     text_order: str = "gpt2"

@@ -12,11 +12,10 @@ import torch.distributed as dist
 
 from unival.config import load_config, save_config
 from unival.data.batch import MediaOptions
-from unival.data.sources import open_table
 from unival.evaluation.runner import Evaluation, evaluate
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
-from unival.training.batches import BatchMaker, check_tasks
+from unival.training.batches import BatchMaker, check_tasks, open_sources, read_answers
 from unival.training.checkpoint import ResumeError, StageFolder
 from unival.training.engine import Engine, init_distributed, learning_rate
 from unival.training.logs import RunLog, memory_gib
@@ -57,27 +56,31 @@ def check_same_run(run: Run, folder: Path) -> None:
     save_config(run, path)
 
 
-def measure(run: Run, model: UnivalForConditionalGeneration, folder: Path) -> Evaluation:
-    """Evaluate the run's tasks and save the result in `folder`."""
-    options = run.evaluate
-    sources = {name: run.sources[name] for name in options.sources or run.sources}
-    tables = {
-        name: open_table(s.path, s.layout, s.medium, s.media_root) for name, s in sources.items()
-    }
-    answers = Path(run.answers).read_text(encoding="utf-8").splitlines() if run.answers else []
-    result = evaluate(
-        model,
-        make_vocabulary(run),
-        tables,
-        options.tasks,
-        MediaOptions(**asdict(run.media)),
-        answers=answers,
-        fine_tuned=options.fine_tuned,
-        batch_size=options.batch_size,
-        folder=folder,
-    )
-    result.save(folder)
-    return result
+def measure(
+    run: Run, stages: list[Stage], model: UnivalForConditionalGeneration, folder: Path
+) -> None:
+    """Evaluate the stages' tasks and add the result to what `folder` holds already."""
+    tables = open_sources(run)
+    found = Evaluation.load(folder) if (folder / "evaluation.json").is_file() else None
+    for stage in stages:
+        result = evaluate(
+            model,
+            make_vocabulary(run),
+            tables,
+            stage.evaluate,
+            MediaOptions(**asdict(run.media)),
+            answers=read_answers(run),
+            fine_tuned=stage.evaluate if stage.fine_tuning else [],
+            batch_size=run.evaluate_batch,
+            folder=folder,
+        )
+        if found is not None:
+            result.metrics = found.metrics | result.metrics
+            kept = [p for p in found.predictions if p.task not in stage.evaluate]
+            result.predictions = kept + result.predictions
+        found = result
+    if found is not None:
+        found.save(folder)
 
 
 def train(run: Run) -> Path:
@@ -106,19 +109,20 @@ def train(run: Run) -> Path:
         if not place.finished:
             model = make_model(run, previous)
             first = not done and not (place.path / "progress.json").is_file()
-            if rank == 0 and first and run.evaluate.before and run.evaluate.tasks:
-                measure(run, model, folder / "evaluation_before")
+            if rank == 0 and first and run.evaluate_before:
+                measured = [s for s in run.stages if s.evaluate]
+                measure(run, measured, model, folder / "evaluation_before")
             dist.barrier()
             train_stage(run, stage, model, vocabulary, place, done, run_log)
             if rank == 0:
+                if stage.evaluate:
+                    measure(run, [stage], model, folder / "evaluation_after")
                 place.finish(model, vocabulary)
             dist.barrier()
         previous, done = place.model, done + stage.steps
     if rank == 0:
         assert run_log is not None and previous is not None
         run_log.close()
-        if run.evaluate.tasks:
-            measure(run, make_model(run, previous), folder / "evaluation_after")
     dist.barrier()
     assert previous is not None
     return previous
