@@ -6,7 +6,7 @@ import logging
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from unival.data.records import Answer, Record, RecordError
@@ -119,14 +119,12 @@ def matching_items(
     A wrong one is true of no record with the same medium.
     """
     rng, context = random.Random(seed), catalogue.context()
+    readable = [record for record in records if _true_sources(task, record, vocabulary)]
+    media = {record.media_key for record in readable}
     true_sources: dict[str, set] = defaultdict(set)
-    readable = []
-    for record in records:
-        try:
-            true_sources[record.media_key].add(tuple(task.prompt(record, vocabulary)))
-            readable.append(record)
-        except RecordError as error:
-            logger.warning("not evaluated: %s", error)
+    for record in catalogue.records(task.kinds):
+        if record.media_key in media:
+            true_sources[record.media_key] |= _true_sources(task, record, vocabulary)
     items: list[Item] = []
     for record in readable:
         wanted = {"yes", "no"}
@@ -143,3 +141,13 @@ def matching_items(
             words = " and ".join(sorted(wanted))
             logger.warning("%s: task %s: no %r item found", record.origin, task.name, words)
     return items, 2 * len(records) - len(items)
+
+
+def _true_sources(task: Task, record: Record, vocabulary: Vocabulary) -> set[tuple[int, ...]]:
+    """The right statements about a record in ids; empty, with a warning, if a field is missing."""
+    parts = [replace(record, captions=(caption,)) for caption in record.captions] or [record]
+    try:
+        return {tuple(task.prompt(part, vocabulary)) for part in parts}
+    except RecordError as error:
+        logger.warning("not evaluated: %s", error)
+        return set()
