@@ -51,9 +51,9 @@ class RunLog:
             self.progress.start()
             self.bar = self.progress.add_task("training", total=total_steps)
 
-    def resume(self, done: int) -> None:
-        """Say how many steps an earlier run has done, so that the estimate counts only new ones."""
-        self.first = done
+    def begin_stage(self, done: int) -> None:
+        """Start the estimate anew at a stage: its steps cost something else than those before."""
+        self.started, self.first = time.monotonic(), done
 
     def step(self, entry: dict[str, Any], write: bool) -> None:
         """One training step; written to the files when `write` says so."""

@@ -144,7 +144,7 @@ def train_stage(
     maker = BatchMaker(run, stage, vocabulary, rank, world_size)
     start = place.restore(engine.deepspeed)
     if run_log is not None:
-        run_log.resume(steps_before + start)
+        run_log.begin_stage(steps_before + start)
     waited, began = 0.0, time.monotonic()
     for index, batches in enumerate(maker.steps(start, stage.steps), start=start):
         ready = time.monotonic()
