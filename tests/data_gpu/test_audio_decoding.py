@@ -131,6 +131,19 @@ def test_the_sound_of_a_film_is_read_by_ffmpeg():
     assert 0.4 < piece.abs().max() < 0.6
 
 
+def test_a_piece_from_the_middle_of_a_film_starts_there():
+    class Late(random.Random):
+        def randint(self, low, high):
+            return 24_000
+
+    time = np.arange(32_000) / 16_000
+    tone = np.where(time < 1.25, 0.0, 0.5 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
+    piece = decode_waveform(aac(tone), 3_200, rng=Late()).numpy()
+    assert np.abs(decode_waveform(aac(tone), 3_200).numpy()).max() < 0.05
+    assert np.abs(piece[:1_600]).max() > 0.4
+    assert np.abs(piece[1_600:]).max() > 0.4
+
+
 def test_damaged_and_missing_sounds_are_refused(tmp_path):
     with pytest.raises(DecodeError, match="no such file"):
         decode_waveform(tmp_path / "none.ogg", 10)
@@ -150,6 +163,17 @@ def test_a_truncated_flac_is_refused():
     data = wav(noise, subtype="PCM_16", form="FLAC")
     with pytest.raises(DecodeError):
         decode_waveform(data[: len(data) // 2], 50_000)
+
+
+def test_a_sound_that_ends_before_its_header_says_is_refused_but_for_mp3(monkeypatch):
+    read = soundfile.SoundFile.read
+    monkeypatch.setattr(
+        soundfile.SoundFile, "read", lambda self, n, **options: read(self, n, **options)[: n // 2]
+    )
+    with pytest.raises(DecodeError, match="truncated: 50 of 100"):
+        decode_waveform(wav(ramp(100)), 100)
+    mp3 = wav(ramp(5_000), subtype=None, form="MP3")  # its length may be an estimate
+    assert decode_waveform(mp3, 5_000)[4_999] != 0  # what there was, repeated
 
 
 def test_an_empty_sound_and_one_that_is_not_finite_are_refused():

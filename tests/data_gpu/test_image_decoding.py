@@ -86,7 +86,7 @@ def test_a_truncated_jpeg_is_an_error():
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(10_001, 10_000), (50_000, 50_000), (2**31 - 1, 2**31 - 1)])
 def test_a_header_that_claims_a_huge_picture_is_refused_before_any_pixel(size):
-    with pytest.raises(DecodeError, match=r"at most|readable"):
+    with pytest.raises(DecodeError, match="at most"):
         image.decode_image(png_header(*size))
 
 
