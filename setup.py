@@ -1,4 +1,5 @@
-"""Packaging: the folders kernels/ and data_gpu/ are imported as unival.kernels and unival.data_gpu."""
+"""Packaging: the folders kernels/ and data_gpu/ are imported as unival.kernels and
+unival.data_gpu."""
 
 from pathlib import Path
 

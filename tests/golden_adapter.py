@@ -1,7 +1,7 @@
 """Runs this project on the golden cases recorded from the original code.
 
-The weights are generated from the original's parameter names and go through `unival.convert`, so that a
-wrong name in the converter fails as surely as a wrong formula in the model.
+The weights are generated from the original's parameter names and go through `unival.convert`, so
+that a wrong name in the converter fails as surely as a wrong formula in the model.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def load(text: str) -> UnivalForConditionalGeneration:
     config = model_config(json.loads(text))
     with torch.device("meta"):
         shapes = UnivalForConditionalGeneration(config).state_dict()
-    names = {to_original([name])[name]: t.shape for name, t in shapes.items() if to_original([name])}
+    names = {
+        to_original([name])[name]: t.shape for name, t in shapes.items() if to_original([name])
+    }
     embedding = names["encoder.embed_tokens.weight"]
     names |= {f"decoder.{n}.weight": embedding for n in ("embed_tokens", "output_projection")}
     state = {}
@@ -158,7 +160,9 @@ def criterion(options: dict[str, Any]) -> tuple[Criterion, int]:
 
 def loss(model: UnivalForConditionalGeneration | None, case: dict, inputs: dict) -> dict[str, Any]:
     compute, update = criterion(case["criterion"])
-    target = torch.from_numpy(inputs["target"]).masked_fill(torch.from_numpy(inputs["target"]) == PAD, IGNORE)
+    target = torch.from_numpy(inputs["target"]).masked_fill(
+        torch.from_numpy(inputs["target"]) == PAD, IGNORE
+    )
     sentences = target.shape[0]
     leaf = allowed = None
     if model is None:
@@ -195,7 +199,7 @@ def gradients(model: UnivalForConditionalGeneration, case: dict) -> dict[str, An
     """Gradients and updated buffers under the original's names."""
     original = to_original(model.state_dict())
     named = {original[n]: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    # In float64: torch's float32 norm of a channels-last gradient is off by more than the tolerance.
+    # In float64: torch's float32 norm of a channels-last gradient is off by more than allowed.
     named = {name: gradient.double() for name, gradient in named.items()}
     norms = torch.stack([g.norm() for g in named.values()])
     result: dict[str, Any] = {
@@ -235,10 +239,10 @@ def generate(model: UnivalForConditionalGeneration, case: dict, inputs: dict) ->
         lengths = [0] * rows if prefix is None else (prefix != PAD).sum(1).tolist()
         constraints.append(TrieConstraint(trie, lengths, search.beam_size))
     if options.get("constraint_range"):
-        constraints.append(RangeConstraint(*(int(x) for x in options["constraint_range"].split(","))))
-    found = beam_search(
-        model, model.encoder(**model_inputs(inputs)), search, constraints, prefix
-    )
+        constraints.append(
+            RangeConstraint(*(int(x) for x in options["constraint_range"].split(",")))
+        )
+    found = beam_search(model, model.encoder(**model_inputs(inputs)), search, constraints, prefix)
     width = max(len(h.tokens) for hypotheses in found for h in hypotheses)
     shape = case["tensors"]["tokens"]["shape"]
     tokens = np.full((rows, shape[1], max(width, shape[2])), -1)

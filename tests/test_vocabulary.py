@@ -210,7 +210,7 @@ def test_offline_message_says_what_to_do(monkeypatch):
         raise OSError("no connection")
 
     monkeypatch.setattr(module.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(FileNotFoundError, match="pass dict_path=.* or use order='gpt2'"):
+    with pytest.raises(FileNotFoundError, match=r"pass dict_path=.* or use order='gpt2'"):
         build_tokenizer("bart")
 
 

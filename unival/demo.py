@@ -1,4 +1,5 @@
-"""The main job on the embedded samples: data, training in stages, measurement, a page to look at."""
+"""The main job on the embedded samples: data, training in stages, measurement, a page to look
+at."""
 
 from __future__ import annotations
 

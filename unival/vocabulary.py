@@ -141,7 +141,8 @@ def build_tokenizer(
         *(f"<bin_{i}>" for i in range(NUM_BINS)),
     ]
     lines = read_bpe_file("vocab.bpe").split("\n")[1:]  # the first line is a version
-    merges = [tuple(line.split(" ")) for line in lines if line]
+    pairs = (line.partition(" ") for line in lines if line)
+    merges = [(left, right) for left, _, right in pairs]
     backend = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -208,7 +209,7 @@ class Vocabulary:
 
     def decode(self, ids: Iterable[int], skip_specials: bool = True) -> str:
         """The text of the ids; bins and codes stay as `<bin_17>`, leading spaces are kept."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_specials)
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_specials))
 
     def bin_ids(self, values: Iterable[int]) -> list[int]:
         """Ids of bins 0 to 999; raises ValueError for any other value."""

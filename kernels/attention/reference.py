@@ -3,7 +3,8 @@
     score[b,h,i,j] = q_i . k_j + pq_i . pk_j + r_h(i, j)
     y[b,h,i]       = c_h * sum_j softmax_j(score) v_j
 
-Queries come already scaled by s = (2d)^-1/2, content and position alike. The position part is exactly
+Queries come already scaled by s = (2d)^-1/2, content and position alike. The position part is
+exactly
 of low rank, so one product of the concatenated [q, pq] and [k, pk] gives both (the observation of
 FlashBias, arXiv 2505.12044); the relative bias is added in place, one [H, n, n] block for the whole
 batch, so that no [B, H, S, T] bias ever exists.
@@ -51,7 +52,8 @@ def attention_reference(
         relative: biases of blocks on the diagonal; with a cache, the block's rows are the last S of
             its positions.
         head_scale: [H].
-        key_padding_mask: bool [B, T], True where a key must not be seen. A row that sees no key gives
+        key_padding_mask: bool [B, T], True where a key must not be seen. A row that sees no key
+        gives
             the mean of all values: finite, and meaningless by definition.
         causal: query i sees keys up to i + T - S.
 

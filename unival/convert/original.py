@@ -1,7 +1,7 @@
 """Original UnIVAL and OFA checkpoints: names, shapes and the config they imply.
 
-One table of renamings serves both directions. What is left behind on the way in is listed in DROPPED,
-each with its reason, so that a test can account for every parameter.
+One table of renamings serves both directions. What is left behind on the way in is listed in
+DROPPED, each with its reason, so that a test can account for every parameter.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def _original_name(name: str) -> str:
 def infer_config(state: Mapping[str, Tensor], **overrides: Any) -> UnivalConfig:
     """The config that an original state_dict implies.
 
-    Shapes tell everything but hop_size, dropout, drop-path, sample_patch_num and attn_scale_factor: pass
-    those as overrides where they differ from the released values.
+    Shapes tell everything but hop_size, dropout, drop-path, sample_patch_num and
+    attn_scale_factor: pass those as overrides where they differ from the released values.
     """
 
     def depth(pattern: str) -> int:

@@ -49,7 +49,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Record:
-    """One row. `media` holds encoded bytes or the path of a file; empty bytes where there is no medium.
+    """One row. `media` holds encoded bytes or the path of a file; empty bytes where there is no
+    medium.
 
     `kind` is one of MEDIUM_OF_KIND (the `type` column of the pretraining tables). `box` is
     (x0, y0, x1, y1) in pixels of the original picture. `captions` holds the caption, the referring

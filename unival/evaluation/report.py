@@ -188,6 +188,7 @@ def draw_curves(steps: Sequence[dict]) -> bytes:
             ha="center",
             va="bottom",
             fontsize=9,
+            parse_math=False,
         )
     losses.set_ylabel("loss (nats per token)")
     rates.set_ylabel("learning rate")
@@ -301,11 +302,14 @@ def _asked(item: Prediction) -> str:
     if right is not None:
         word = "right" if right else "wrong"
         verdict = f' <span class="{word}">{"✓" if right else "✗"} {word}</span>'
+    answer = item.answer
+    if item.task in TASKS and TASKS[item.task].metric == "grounding" and item.box is None:
+        answer = f"{answer} (no box)".strip()
     truth = " / ".join(item.references)
     truth = f'<br><span class="soft">truth:</span> {html.escape(truth)}' if truth else ""
     return (
         f'<p class="asked"><span class="soft">{html.escape(item.task)}: '
-        f"{html.escape(item.question)}</span><br><b>{html.escape(item.answer) or '(nothing)'}</b>"
+        f"{html.escape(item.question)}</span><br><b>{html.escape(answer) or '(nothing)'}</b>"
         f"{verdict}{truth}</p>"
     )
 

@@ -224,7 +224,7 @@ def _collect(
     finished: list[list[Hypothesis]],
     done: list[bool],
 ) -> None:
-    """Store hypotheses that end here, in candidate order, until a sentence has beam_size of them."""
+    """Store hypotheses that end here, in candidate order, until a sentence has beam_size."""
     for sentence, candidate in ends.nonzero().tolist():
         if done[sentence] or len(finished[sentence]) == options.beam_size:
             continue

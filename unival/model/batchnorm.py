@@ -1,8 +1,10 @@
 """Batch norm whose statistics are local, shared by all ranks, or frozen.
 
-The released model trained with ordinary per-rank statistics ("local"). "sync" makes a step independent
+The released model trained with ordinary per-rank statistics ("local"). "sync" makes a step
+independent
 of how many ranks share its batch. On a CPU the training arithmetic is ours as well: torch's
-channels-last kernel there accumulates in one float32 pass, ten times less exactly than its contiguous one.
+channels-last kernel there accumulates in one float32 pass, ten times less exactly than its
+contiguous one.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 
 
 def set_batchnorm_statistics(model: nn.Module, statistics: Statistics) -> None:
-    """Choose where training takes its batch statistics from; frozen norms get no gradient either."""
+    """Choose where training takes batch statistics from; frozen norms get no gradient either."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.statistics = statistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ class UnivalConfig(PreTrainedConfig):
     """Configuration of UnIVAL and of OFA (the defaults are `unival_base` with image and video).
 
     An encoder of a medium is present when its `*_layers` is not None. The image encoder is a ResNet
-    whose number of stages is len(image_layers): four for UnIVAL (stride 32), three for OFA (stride 16).
+    whose number of stages is len(image_layers): four for UnIVAL (stride 32), three for OFA (stride
+    16).
 
     Args:
         vocab_size: text entries, `<mask>`, image codes and location bins.
@@ -117,12 +119,12 @@ class UnivalConfig(PreTrainedConfig):
 
     @classmethod
     def checked(cls, origin: str, fields: dict[str, Any]) -> UnivalConfig:
-        """Build from `fields`; an unknown one is a ValueError that names its origin and the nearest."""
-        import difflib
-
+        """Build from `fields`; an unknown one is a ValueError naming its origin and the nearest."""
         known = cls().to_dict().keys()
         for name in fields:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{origin}: unknown model field {name!r}; did you mean {nearest!r}?")
+                raise ValueError(
+                    f"{origin}: unknown model field {name!r}; did you mean {nearest!r}?"
+                )
         return cls(**fields)

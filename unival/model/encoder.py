@@ -35,7 +35,8 @@ class EncoderOutput(ModelOutput):
 
     last_hidden_state    [B, S, D], medium tokens first, then text
     padding_mask         bool [B, S], True at padding; None where there is none
-    position_embeddings  [B, S, D], layer-normed; expanded from one row where all rows share positions
+    position_embeddings  [B, S, D], layer-normed; expanded from one row where all rows share
+    positions
     hidden_states        input of every layer and output of the last, before the final norm
     """
 

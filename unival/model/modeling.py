@@ -164,8 +164,8 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pixel_values: [R, 3, h, w] normalised images.
             video_values: [R, 3, F, h, w] normalised clips.
             audio_values: [R, L] waveforms in [-1, 1].
-            media_index: int64 [B], the medium of each row, so that rows can share one. Absent: R = B.
-            patch_mask: bool [B]; False hides the medium from a row.
+            media_index: int64 [B], the medium of each row, so that rows can share one. Absent: R =
+            B. patch_mask: bool [B]; False hides the medium from a row.
             decoder_input_ids: int64 [B, U]; made from labels where absent.
             code_mask: bool [B]; True in rows whose decoder writes image codes.
             labels: int64 [B, U], -100 where there is no loss.
@@ -224,4 +224,3 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_padding_mask=encoder_outputs.padding_mask,
         )
-

@@ -65,7 +65,9 @@ def image_positions(height: int, width: int, grid: int, device: torch.device) ->
     return (grid * rows + columns + 1).flatten()
 
 
-def video_positions(frames: int, height: int, width: int, grid: int, device: torch.device) -> Tensor:
+def video_positions(
+    frames: int, height: int, width: int, grid: int, device: torch.device
+) -> Tensor:
     """Grid position ids of a clip, frame-major. Every frame uses the same cells: UnIVAL has no
     temporal position."""
     return image_positions(height, width, grid, device).repeat(frames)

@@ -131,9 +131,7 @@ class EncoderLayer(nn.Module):
     ) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         y = self.self_attn_norm(x)
-        y, _ = self.self_attn(
-            y, self.self_attn.project_keys(y), positions, relative, padding_mask
-        )
+        y, _ = self.self_attn(y, self.self_attn.project_keys(y), positions, relative, padding_mask)
         x = x + self.branch(self.self_attn_post_norm(y))
         return self.ffn.residual(x) + self.branch(self.ffn(self.ffn_norm(x)))
 

@@ -29,9 +29,7 @@ class Bottleneck3d(nn.Module):
         self.conv3 = nn.Conv3d(planes, out, 1, bias=False)
         self.bn3 = BatchNorm3d(out)
         self.downsample = (
-            nn.Sequential(
-                nn.Conv3d(channels, out, 1, stride=stride, bias=False), BatchNorm3d(out)
-            )
+            nn.Sequential(nn.Conv3d(channels, out, 1, stride=stride, bias=False), BatchNorm3d(out))
             if project
             else None
         )
@@ -63,7 +61,8 @@ class VideoEncoder(nn.Module):
 
     @staticmethod
     def init_std(conv: nn.Conv3d) -> float:
-        """The original's initial deviation; the temporal extent of the kernel is not counted in it."""
+        """The original's initial deviation; the temporal extent of the kernel is not counted in
+        it."""
         return math.sqrt(2.0 / (conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels))
 
     def forward(self, frames: Tensor) -> Tensor:

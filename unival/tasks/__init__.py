@@ -15,19 +15,18 @@ from unival.tasks.grounded_caption import GroundedCaption
 from unival.tasks.grounding import Grounding
 from unival.tasks.visual_entailment import VisualEntailment
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        image_caption.TASK,
-        image_text_matching.TASK,
-        vqa.TASK,
-        AnswerMatching(),
-        Grounding(),
-        GroundedCaption(),
-        video_caption.TASK,
-        video_text_matching.TASK,
-        video_qa.TASK,
-        audio_caption.TASK,
-        VisualEntailment(),
-    )
-}
+_ALL: tuple[Task, ...] = (
+    image_caption.TASK,
+    image_text_matching.TASK,
+    vqa.TASK,
+    AnswerMatching(),
+    Grounding(),
+    GroundedCaption(),
+    video_caption.TASK,
+    video_text_matching.TASK,
+    video_qa.TASK,
+    audio_caption.TASK,
+    VisualEntailment(),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -153,7 +153,9 @@ class BatchMaker:
         """A row's medium and its examples, or those of a substitute where the row is unusable."""
         stream = self.streams[mix.source]
         for attempt in range(ATTEMPTS):
-            index = stream.index(position) if attempt == 0 else stream.substitute(position, attempt - 1)
+            index = (
+                stream.index(position) if attempt == 0 else stream.substitute(position, attempt - 1)
+            )
             try:
                 return self._row(mix, index, position, medium)
             except RecordError as error:
@@ -189,13 +191,17 @@ class BatchMaker:
             if record.kind in task.kinds and (not mix.tasks or name in mix.tasks)
         ]
         if not made:
-            raise RecordError(record.origin, "type", f"no task of {mix.tasks} takes {record.kind!r}")
+            raise RecordError(
+                record.origin, "type", f"no task of {mix.tasks} takes {record.kind!r}"
+            )
         return tensor, made
 
 
 def check_tasks(run: Run) -> None:
     """Refuse unknown task names in a run, naming the ones that exist."""
-    named = {task for s in run.stages for m in s.micro_batches for x in m.mixture for task in x.tasks}
+    named = {
+        task for s in run.stages for m in s.micro_batches for x in m.mixture for task in x.tasks
+    }
     named |= {task for stage in run.stages for task in stage.evaluate}
     for name in sorted(named - TASKS.keys()):
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")

@@ -59,7 +59,8 @@ class StageFolder:
         dist.barrier()
 
     def restore(self, engine: Any) -> int:
-        """Load the newest complete checkpoint; returns the steps it has seen, 0 where there is none.
+        """Load the newest complete checkpoint; returns the steps it has seen, 0 where there is
+        none.
 
         Raises:
             ResumeError: it was written by another number of ranks.

@@ -31,7 +31,7 @@ class StepResult:
 
 
 def init_distributed() -> tuple[int, int]:
-    """Join or make the process group; returns (rank, world size). A plain `python` run is a world of 1."""
+    """Join or make the process group (of one in a plain `python` run): (rank, world size)."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in {

@@ -50,7 +50,7 @@ def check_same_run(run: Run, folder: Path) -> None:
         for name in ("stages", "sources", "model", "media", "seed", "precision"):
             if getattr(before, name) != getattr(run, name):
                 raise ResumeError(
-                    f"{folder}: was begun with another {name!r}; choose another `output`, or remove it"
+                    f"{folder}: was begun with another {name!r}; choose another `output`"
                 )
     folder.mkdir(parents=True, exist_ok=True)
     save_config(run, path)
@@ -93,7 +93,7 @@ def train(run: Run) -> Path:
         ValueError, ResumeError: the config, or the run folder, cannot be used.
     """
     check_tasks(run)
-    rank, world_size = init_distributed()
+    rank, _ = init_distributed()
     folder = Path(run.output)
     if rank == 0:
         check_same_run(run, folder)

@@ -1,0 +1,194 @@
+"""Runs as a user starts them: ranks exchanged for rows, a killed run resumed, bad samples
+replaced."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from unival.data.samples import make_samples
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_samples(ROOT / "samples", folder)
+    return folder
+
+
+def write_config(folder: Path, data: Path, rows: int, **fields: object) -> Path:
+    """A run of two short stages: images, then images and clips."""
+    image = {"medium": "image", "mixture": [{"source": "qa", "rows": rows}]}
+    video = {"medium": "video", "mixture": [{"source": "video_qa", "rows": rows}], "weight": 0.5}
+    schedule = {"learning_rate": 1e-3, "warmup_ratio": 0.5, "schedule_steps": 12}
+    content = {
+        "output": str(folder / "run"),
+        "model": {"config": str(ROOT / "configs/model/unival_tiny.yaml")},
+        "batchnorm": "sync",
+        "log_every": 1,
+        "tensorboard": False,
+        "checkpoint_every": 2,
+        "evaluate_before": False,
+        "negatives": str(data / "negative_sample"),
+        "sources": {
+            "qa": {"path": str(data / "vision_language_qa.tsv")},
+            "video_qa": {
+                "path": str(data / "video_qa.tsv"),
+                "media_root": str(ROOT / "samples"),
+            },
+        },
+        "media": {"image_size": 64, "video_size": 32, "video_frames": 2, "audio_samples": 48000},
+        "stages": [
+            {"name": "one", "steps": 3, "micro_batches": [image], **schedule},
+            {"name": "two", "steps": 6, "micro_batches": [image, video], **schedule},
+        ],
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content | fields))
+    return path
+
+
+def environment() -> dict[str, str]:
+    found = dict(os.environ, OMP_NUM_THREADS="1")
+    found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found['PATH']}"
+    found.pop("TRITON_INTERPRET", None)
+    return found
+
+
+def plain(config: Path) -> list[str]:
+    return [sys.executable, "-m", "unival.train", "--config", str(config)]
+
+
+def launched(config: Path, ranks: int) -> list[str]:
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    return [
+        *launcher,
+        "--master_port",
+        "29533",
+        "--module",
+        "unival.train",
+        "--config",
+        str(config),
+    ]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280
+    )
+
+
+def curve(folder: Path) -> dict[int, dict]:
+    """The last entry of every global step."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return {entry["global_step"]: entry for entry in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Path:
+    """An uninterrupted run of one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(plain(write_config(folder, data, rows=4)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_the_run_learns_and_leaves_a_model_for_each_stage(whole):
+    entries = curve(whole)
+    assert sorted(entries) == list(range(1, 10))
+    assert entries[1]["loss"] == pytest.approx(math.log(59457), abs=0.6)
+    assert entries[3]["loss"] < entries[1]["loss"]
+    assert set(entries[9]["tasks"]) == {"vqa", "answer_matching", "video_qa"}
+    for stage in ("one", "two"):
+        assert (whole / "run" / "stages" / stage / "model" / "model.safetensors").is_file()
+    # Linear warm-up over half of the horizon of 12 steps, then linear decay.
+    assert [entries[s]["lr"] for s in (1, 3)] == pytest.approx([1e-3 / 6, 1e-3 / 2])
+
+
+def test_two_processes_equal_one_with_twice_the_rows(whole, data, tmp_path):
+    done = run(launched(write_config(tmp_path, data, rows=2), ranks=2))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = curve(whole), curve(tmp_path)
+    assert sorted(one) == sorted(two)
+    for step in one:
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], rel=2e-4), step
+        assert two[step]["samples_per_second"] > 0
+
+
+def test_a_run_killed_in_stage_two_resumes_at_the_right_sample(whole, data, tmp_path):
+    config = write_config(tmp_path, data, rows=4)
+    process = subprocess.Popen(
+        plain(config), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+    )
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while time.monotonic() < deadline:
+        if metrics.is_file() and max(curve(tmp_path), default=0) >= 6:
+            break
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(plain(config))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed two after step" in done.stderr
+    resumed, uninterrupted = curve(tmp_path), curve(whole)
+    for step in uninterrupted:
+        assert resumed[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], rel=1e-6), step
+
+
+def test_another_config_in_the_same_folder_is_refused(whole, data):
+    path = write_config(whole, data, rows=3)
+    done = run(plain(path))
+    assert done.returncode == 2
+    assert "begun with another 'stages'" in done.stderr
+
+
+def test_a_bad_sample_is_named_counted_and_replaced(data, tmp_path):
+    from unival.config import load_config
+    from unival.training.batches import BatchMaker
+    from unival.training.options import Run
+    from unival.vocabulary import Vocabulary
+
+    table = (data / "vision_language_qa.tsv").read_bytes().splitlines(keepends=True)[:6]
+    fields = table[2].split(b"\t")
+    table[2] = b"\t".join([fields[0], b"/9j/AAAA", *fields[2:]])
+    broken = tmp_path / "broken.tsv"
+    broken.write_bytes(b"".join(table))
+    config = write_config(tmp_path, data, rows=6, sources={"qa": {"path": str(broken)}})
+    loaded = load_config(Run, config)
+    maker = BatchMaker(loaded, loaded.stages[0], Vocabulary(), 0, 1)
+    (batch,) = maker.step(0)
+    assert maker.bad_samples == 1
+    assert len(batch.tasks) == 12
+    assert batch.tensors["pixel_values"].isfinite().all()
+    loaded.max_bad_samples = 0
+    with pytest.raises(RuntimeError, match=r"max_bad_samples=0.*broken.tsv, row 2.*media"):
+        BatchMaker(loaded, loaded.stages[0], Vocabulary(), 0, 1).step(0)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.stepz=3", "did you mean 'stages.0.steps'|did you mean 'steps'"),
+        ("stages.0.evaluate=[vqaa]", "unknown task 'vqaa'"),
+        ("precision=fp8", "known: fp32, bf16"),
+    ],
+)
+def test_mistakes_end_with_a_sentence(data, tmp_path, override, message):
+    import re
+
+    done = run([*plain(write_config(tmp_path, data, rows=2)), override])
+    assert done.returncode == 2
+    assert re.search(message, done.stderr), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
