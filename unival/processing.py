@@ -130,7 +130,7 @@ class UnivalProcessor(ProcessorMixin):
             mode = "exact" if mode == "random_resized_crop" else mode
             return decode_clip(_media(value), frames, size, mode=mode)
         clip = _pixels(value, 4, "a video is uint8 [F, H, W, 3]")
-        chosen = frame_indices(frames, len(clip), "uniform")
+        chosen = frame_indices(frames, len(clip), "uniform", None)
         pictures = [resize_exact(Image.fromarray(clip[index]), size)[0] for index in chosen]
         return torch.stack([image_to_tensor(picture) for picture in pictures], dim=1)
 
@@ -144,6 +144,8 @@ class UnivalProcessor(ProcessorMixin):
             raise ValueError(
                 f"a sound is a float waveform [L], got {wave.dtype} {list(wave.shape)}"
             )
+        if not np.isfinite(wave).all():
+            raise ValueError("a sound holds samples that are not finite")
         wave = wave.astype(np.float32)[:samples]
         return torch.from_numpy(repeat_pad(through_int16(wave), samples))
 

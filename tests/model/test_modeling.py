@@ -70,7 +70,10 @@ def test_cached_decoding_of_image_codes_equals_the_full_pass(model):
         encoder = model.encoder(IDS)
         full = model(encoder_outputs=encoder, decoder_input_ids=PREVIOUS, code_mask=codes)
         first = model(
-            encoder_outputs=encoder, decoder_input_ids=PREVIOUS[:, :3], code_mask=codes, use_cache=True
+            encoder_outputs=encoder,
+            decoder_input_ids=PREVIOUS[:, :3],
+            code_mask=codes,
+            use_cache=True,
         )
         last = model(
             encoder_outputs=encoder,
@@ -177,8 +180,14 @@ def test_two_media_in_one_batch_are_refused(model):
 
 def test_a_medium_without_encoder_names_the_config_field():
     config = UnivalConfig(
-        vocab_size=50, d_model=16, ffn_dim=16, num_heads=2, encoder_layers=1, decoder_layers=1,
-        image_layers=None, video_layers=None,
+        vocab_size=50,
+        d_model=16,
+        ffn_dim=16,
+        num_heads=2,
+        encoder_layers=1,
+        decoder_layers=1,
+        image_layers=None,
+        video_layers=None,
     )
     bare = UnivalForConditionalGeneration(config)
     with pytest.raises(ValueError, match="no video encoder; set video_layers"):

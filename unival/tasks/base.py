@@ -67,11 +67,24 @@ class TaskContext:
 class Task(Protocol):
     """`name` is the key in `unival.tasks.TASKS`; `kinds` the record kinds the task accepts."""
 
-    name: str
-    kinds: tuple[str, ...]
-    decoding: Decoding
-    metric: str  # caption | accuracy | grounding | none
-    candidates: tuple[str, ...]  # the only possible answers, empty where the task is open
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+
+    @property
+    def decoding(self) -> Decoding: ...
+
+    @property
+    def metric(self) -> str:
+        """caption, accuracy or grounding."""
+        ...
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The only possible answers; empty where the task is open."""
+        ...
 
     def example(
         self,
