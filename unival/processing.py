@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -130,7 +131,7 @@ class UnivalProcessor(ProcessorMixin):
             mode = "exact" if mode == "random_resized_crop" else mode
             return decode_clip(_media(value), frames, size, mode=mode)
         clip = _pixels(value, 4, "a video is uint8 [F, H, W, 3]")
-        chosen = frame_indices(frames, len(clip), "uniform", None)
+        chosen = frame_indices(frames, len(clip), "uniform", random.Random(0))
         pictures = [resize_exact(Image.fromarray(clip[index]), size)[0] for index in chosen]
         return torch.stack([image_to_tensor(picture) for picture in pictures], dim=1)
 
