@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +56,12 @@ def check_same_run(run: Run, folder: Path) -> None:
                 )
     folder.mkdir(parents=True, exist_ok=True)
     save_config(run, path)
+    (folder / "command.txt").write_text(shlex.join(sys.orig_argv) + "\n", encoding="utf-8")
+
+
+def _say_when_done(task: str, done: int, total: int) -> None:
+    if done == total:
+        log.info("measured %s on %d items", task, total)
 
 
 def measure(
@@ -73,6 +81,7 @@ def measure(
             fine_tuned=stage.evaluate if stage.fine_tuning else [],
             batch_size=run.evaluate_batch,
             folder=folder,
+            progress=_say_when_done,
         )
         if found is not None:
             result.metrics = found.metrics | result.metrics
