@@ -120,9 +120,16 @@ class AudioEncoder(nn.Module):
     """CNN14 without its classifier: stride 32 in time and frequency, mel_bins / 32 cells a step."""
 
     def __init__(
-        self, channels: Sequence[int], mel_bins: int, hop_size: int, sample_rate: int
+        self,
+        channels: Sequence[int],
+        mel_bins: int,
+        hop_size: int,
+        sample_rate: int,
+        dropout: float = 0.2,
+        spec_augment: bool = True,
     ) -> None:
         super().__init__()
+        self.dropout, self.spec_augment = dropout, spec_augment
         self.logmel = LogMel(sample_rate, mel_bins, hop_size)
         self.bn0 = BatchNorm2d(mel_bins)
         width = 1
@@ -137,12 +144,12 @@ class AudioEncoder(nn.Module):
         x = self.logmel(waveform).to(self.bn0.weight.dtype)
         # Normalise over mel bins: they are the channels of bn0.
         x = self.bn0(x.unsqueeze(1).transpose(1, 3)).transpose(1, 3)
-        if self.training:
+        if self.training and self.spec_augment:
             x = drop_stripes(drop_stripes(x, dim=2, max_width=64), dim=3, max_width=8)
         x = x.to(memory_format=torch.channels_last)
         for index in range(1, self.num_blocks + 1):
             last = index == self.num_blocks
             x = getattr(self, f"conv_block{index}")(x, pool=1 if last else 2)
             if not last:
-                x = F.dropout(x, 0.2, self.training)
+                x = F.dropout(x, self.dropout, self.training)
         return x

@@ -29,6 +29,8 @@ class UnivalConfig(PreTrainedConfig):
         scale_resids: a learned scale on the residual of the feed-forward block (off when released).
         sample_patch_num: keep a random subset of at most this many tokens of the medium.
         hop_size: STFT hop in samples. Released audio runs: 200.
+        audio_dropout: after each pooled block of the audio encoder, in training.
+        spec_augment: hide stripes of the spectrogram in training.
     """
 
     model_type = "unival"
@@ -67,6 +69,8 @@ class UnivalConfig(PreTrainedConfig):
         mel_bins: int = 64,
         hop_size: int = 200,
         audio_sample_rate: int = 48000,
+        audio_dropout: float = 0.2,
+        spec_augment: bool = True,
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
@@ -100,6 +104,8 @@ class UnivalConfig(PreTrainedConfig):
         self.mel_bins = mel_bins
         self.hop_size = hop_size
         self.audio_sample_rate = audio_sample_rate
+        self.audio_dropout = audio_dropout
+        self.spec_augment = spec_augment
         self.initializer_range = initializer_range
         kwargs.setdefault("bos_token_id", 0)
         kwargs.setdefault("pad_token_id", 1)

@@ -128,7 +128,12 @@ class Encoder(nn.Module):
             )
         if config.audio_channels is not None:
             encoders["audio"] = AudioEncoder(
-                config.audio_channels, config.mel_bins, config.hop_size, config.audio_sample_rate
+                config.audio_channels,
+                config.mel_bins,
+                config.hop_size,
+                config.audio_sample_rate,
+                config.audio_dropout,
+                config.spec_augment,
             )
         for name, encoder in encoders.items():
             self.add_module(f"{name}_encoder", encoder)
