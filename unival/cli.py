@@ -52,13 +52,10 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _load(folder: Path):  # type: ignore[no-untyped-def]
-    from unival.model.modeling import UnivalForConditionalGeneration
+    from unival.model.loading import load_model
     from unival.vocabulary import Vocabulary
 
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no saved model (config.json) in this folder")
-    model = UnivalForConditionalGeneration.from_pretrained(folder).eval()
-    return model, Vocabulary.from_pretrained(folder)
+    return load_model(folder).eval(), Vocabulary.from_pretrained(folder)
 
 
 def _run_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]

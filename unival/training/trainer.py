@@ -16,6 +16,7 @@ from unival.config import load_config, save_config
 from unival.data.batch import MediaOptions
 from unival.evaluation.runner import Evaluation, evaluate
 from unival.model.configuration import UnivalConfig
+from unival.model.loading import load_model
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.training.batches import BatchMaker, check_tasks, open_sources, read_answers
 from unival.training.checkpoint import ResumeError, StageFolder
@@ -39,9 +40,7 @@ def make_model(run: Run, previous: Path | None) -> UnivalForConditionalGeneratio
         torch.manual_seed(run.seed)
         config = UnivalConfig.from_yaml(run.model.config, **run.model.overrides)
         return UnivalForConditionalGeneration(config)
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source}: no saved model (config.json) in this folder")
-    return UnivalForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    return load_model(source)
 
 
 def check_same_run(run: Run, folder: Path) -> None:

@@ -1,0 +1,48 @@
+"""Opening a saved model, with a sentence where the folder holds something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from unival.model.configuration import UnivalConfig
+from unival.model.modeling import UnivalForConditionalGeneration
+
+
+class ModelError(ValueError):
+    """A folder without a usable model; the message names it and what is wrong."""
+
+
+def load_model(folder: str | Path) -> UnivalForConditionalGeneration:
+    """The model that `save_pretrained` wrote into a folder, in float32.
+
+    Stricter than `from_pretrained`, which fills missing weights with random ones and loads another
+    architecture's config with a warning.
+
+    Raises:
+        ModelError: no model there, another architecture, damaged or incomplete weights.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: no saved model (config.json) in this folder")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: not a model config: {error}") from error
+    if kind != UnivalConfig.model_type:
+        raise ModelError(f"{path}: a model of type {kind!r}; wanted {UnivalConfig.model_type!r}")
+    try:
+        model, found = UnivalForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise ModelError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, found[problem])):
+            what = problem.replace("_", " ")
+            raise ModelError(f"{folder}: {len(names)} {what} in the weights, first {names[0]!r}")
+    return model
