@@ -16,6 +16,9 @@ On a GPU each part ends with a synchronization; the step is timed once more with
 of it. The peak is measured in the same run: the fastest of some products of two square matrices of
 the dtype. A GPU's float32 convolutions may use TF32 while the product does not; the machine line
 says which.
+
+On a processor, other programs disturb these numbers: the last lines say how many cores this process
+kept busy. Where these are fewer than its threads, the numbers say little about the machine.
 """
 
 from __future__ import annotations
@@ -315,7 +318,9 @@ def measure(args: argparse.Namespace, config: UnivalConfig) -> dict[str, Any]:
         step.run()
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(step.device)
+    wall, busy = time.perf_counter(), time.process_time()
     runs = [step.run() for _ in range(args.steps)]
+    wall, busy = time.perf_counter() - wall, time.process_time() - busy
     compute = [seconds - parts["decode"] for seconds, parts in runs]
     if step.device.type == "cuda":
         compute = [free_step(step) for _ in range(args.steps)]
@@ -323,6 +328,7 @@ def measure(args: argparse.Namespace, config: UnivalConfig) -> dict[str, Any]:
         "machine": machine,
         "command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
         "options": {key: value for key, value in vars(args).items() if key != "json"},
+        "cores_busy": busy / wall,
         **summarize(step, runs, compute),
     }
 
@@ -370,6 +376,7 @@ def table(report: dict[str, Any]) -> str:
         f"peak: {peak['flops_per_second'] / 1e9:.1f} GFLOP/s, product of two "
         f"{peak['size']} x {peak['size']} matrices of {peak['dtype']}, measured in this run",
         f"memory: {memory['bytes'] / 2**20:.0f} MiB, {memory['what']}",
+        f"processor: this process kept {report['cores_busy']:.2f} of {machine['cores']} cores busy",
         f"medians of {report['options']['steps']} steps after {report['options']['warmup']}",
     ]
     return "\n".join(lines)

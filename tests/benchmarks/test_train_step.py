@@ -59,6 +59,7 @@ def check_report(report: dict, parts: set[str]) -> None:
     assert sum(counted.values()) == report["flops"]
     assert report["matmul_peak"]["flops_per_second"] > 0
     assert report["peak_memory"]["bytes"] > 0
+    assert report["cores_busy"] > 0
     assert {"cpu", "cores", "torch", "device", "date"} <= report["machine"].keys()
 
 
