@@ -8,6 +8,7 @@ import torch
 from unival.generation.search import SearchOptions, beam_search
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
+from unival.model.video_encoder import VideoEncoder
 
 MEDIA = {
     "pixel_values": (2, 3, 64, 64),
@@ -206,3 +207,17 @@ def test_mel_filters_survive_a_cast_to_bf16(model):
     cast = UnivalForConditionalGeneration(model.config).bfloat16()
     assert cast.encoder.audio_encoder.logmel.filters.dtype == torch.float32
     assert torch.equal(cast.encoder.audio_encoder.logmel.filters, filters)
+
+
+def test_bf16_gradients_of_the_video_encoder_follow_float32(model):
+    """Also a guard: torch's own bf16 gradient of the stem aborts the process on a CPU."""
+    frames = torch.randn(4, 3, 4, 64, 64)
+    encoder = model.encoder.video_encoder
+    encoder(frames).square().mean().backward()
+    want = encoder.conv1.weight.grad.clone()
+    encoder.zero_grad()
+    half = VideoEncoder([1, 1, 1, 1], [8, 8, 16, 16], 4).bfloat16().eval()
+    half.load_state_dict({name: t.bfloat16() for name, t in encoder.state_dict().items()})
+    half(frames.bfloat16()).float().square().mean().backward()
+    got = half.conv1.weight.grad.float()
+    assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.99

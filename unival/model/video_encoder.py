@@ -65,10 +65,17 @@ class VideoEncoder(nn.Module):
         it."""
         return math.sqrt(2.0 / (conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels))
 
+    def _stem(self, frames: Tensor) -> Tensor:
+        """The first convolution; on a CPU in float32, because the bf16 weight gradient of torch
+        2.14 over three input channels writes past its memory there (the process aborts)."""
+        if frames.is_cuda or frames.dtype == torch.float32:
+            return self.conv1(frames)
+        x = F.conv3d(frames.float(), self.conv1.weight.float(), None, (1, 2, 2), 3)
+        return x.to(frames.dtype)
+
     def forward(self, frames: Tensor) -> Tensor:
         """[B, 3, F, h, w] normalised pixels to [B, C, ceil(F/16), ceil(h/32), ceil(w/32)]."""
-        x = frames.to(memory_format=torch.channels_last_3d)
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self._stem(frames.to(memory_format=torch.channels_last_3d))))
         x = F.max_pool3d(x, kernel_size=3, stride=2, padding=1)
         for stage in range(1, self.num_stages + 1):
             x = getattr(self, f"layer{stage}")(x)
