@@ -147,6 +147,16 @@ def test_a_run_killed_in_stage_two_resumes_at_the_right_sample(whole, data, tmp_
         assert resumed[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], rel=1e-6), step
 
 
+def test_bf16_follows_float32(whole, data, tmp_path):
+    done = run([*plain(write_config(tmp_path, data, rows=4)), "precision=bf16"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    exact, half = curve(whole), curve(tmp_path)
+    for step in exact:
+        assert half[step]["loss"] == pytest.approx(exact[step]["loss"], rel=0.05), step
+        assert math.isfinite(half[step]["grad_norm"])
+    assert "non-finite" not in done.stdout + done.stderr
+
+
 def test_another_config_in_the_same_folder_is_refused(whole, data):
     path = write_config(whole, data, rows=3)
     done = run(plain(path))

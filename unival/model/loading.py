@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,9 +37,10 @@ def load_model(folder: str | Path) -> UnivalForConditionalGeneration:
     if kind != UnivalConfig.model_type:
         raise ModelError(f"{path}: a model of type {kind!r}; wanted {UnivalConfig.model_type!r}")
     try:
-        model, found = UnivalForConditionalGeneration.from_pretrained(
+        loaded: Any = UnivalForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
+        model, found = loaded
     except (SafetensorError, OSError, RuntimeError) as error:
         raise ModelError(f"{folder}: damaged weights: {str(error).splitlines()[0]}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -12,6 +12,19 @@ from torch.nn import functional as F
 from unival.model.batchnorm import BatchNorm3d
 
 
+class Conv3d(nn.Conv3d):
+    """A 3-D convolution that computes half precision in float32 on a CPU.
+
+    torch 2.14 returns bf16 weight gradients there that hold uninitialised memory now and then, and
+    aborts the process in the stem's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
+        return self._conv_forward(x.float(), self.weight.float(), None).to(x.dtype)
+
+
 class Bottleneck3d(nn.Module):
     """1x1x1, grouped 3x3x3 and 1x1x1 convolutions around a shortcut; expansion 2."""
 
@@ -20,16 +33,14 @@ class Bottleneck3d(nn.Module):
     def __init__(self, channels: int, planes: int, groups: int, stride: int, project: bool) -> None:
         super().__init__()
         out = planes * self.expansion
-        self.conv1 = nn.Conv3d(channels, planes, 1, bias=False)
+        self.conv1 = Conv3d(channels, planes, 1, bias=False)
         self.bn1 = BatchNorm3d(planes)
-        self.conv2 = nn.Conv3d(
-            planes, planes, 3, stride=stride, padding=1, groups=groups, bias=False
-        )
+        self.conv2 = Conv3d(planes, planes, 3, stride=stride, padding=1, groups=groups, bias=False)
         self.bn2 = BatchNorm3d(planes)
-        self.conv3 = nn.Conv3d(planes, out, 1, bias=False)
+        self.conv3 = Conv3d(planes, out, 1, bias=False)
         self.bn3 = BatchNorm3d(out)
         self.downsample = (
-            nn.Sequential(nn.Conv3d(channels, out, 1, stride=stride, bias=False), BatchNorm3d(out))
+            nn.Sequential(Conv3d(channels, out, 1, stride=stride, bias=False), BatchNorm3d(out))
             if project
             else None
         )
@@ -46,7 +57,7 @@ class VideoEncoder(nn.Module):
 
     def __init__(self, layers: Sequence[int], channels: Sequence[int], cardinality: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(3, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
+        self.conv1 = Conv3d(3, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
         self.bn1 = BatchNorm3d(64)
         width = 64
         for stage, (depth, planes) in enumerate(zip(layers, channels, strict=False), start=1):
@@ -65,17 +76,9 @@ class VideoEncoder(nn.Module):
         it."""
         return math.sqrt(2.0 / (conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels))
 
-    def _stem(self, frames: Tensor) -> Tensor:
-        """The first convolution; on a CPU in float32, because the bf16 weight gradient of torch
-        2.14 over three input channels writes past its memory there (the process aborts)."""
-        if frames.is_cuda or frames.dtype == torch.float32:
-            return self.conv1(frames)
-        x = F.conv3d(frames.float(), self.conv1.weight.float(), None, (1, 2, 2), 3)
-        return x.to(frames.dtype)
-
     def forward(self, frames: Tensor) -> Tensor:
         """[B, 3, F, h, w] normalised pixels to [B, C, ceil(F/16), ceil(h/32), ceil(w/32)]."""
-        x = F.relu(self.bn1(self._stem(frames.to(memory_format=torch.channels_last_3d))))
+        x = F.relu(self.bn1(self.conv1(frames.to(memory_format=torch.channels_last_3d))))
         x = F.max_pool3d(x, kernel_size=3, stride=2, padding=1)
         for stage in range(1, self.num_stages + 1):
             x = getattr(self, f"layer{stage}")(x)
