@@ -193,6 +193,8 @@ def test_a_bad_sample_is_named_counted_and_replaced(data, tmp_path):
         ("stages.0.stepz=3", "did you mean 'stages.0.steps'|did you mean 'steps'"),
         ("stages.0.evaluate=[vqaa]", "unknown task 'vqaa'"),
         ("precision=fp8", "known: fp32, bf16"),
+        ("stages.1.micro_batches.0.medium=film", "stage 'two': medium 'film'; known: audio"),
+        ("stages.1.micro_batches.0.mixture.0.every=8", "needs a mixture with rows in every step"),
     ],
 )
 def test_mistakes_end_with_a_sentence(data, tmp_path, override, message):

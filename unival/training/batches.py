@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from unival.data.batch import MediaOptions, collate, load_media
-from unival.data.records import Record, RecordError
+from unival.data.records import MEDIUM_OF_KIND, Record, RecordError
 from unival.data.sampler import RecordStream, positions
 from unival.data.shards import TarShards
 from unival.data.sources import open_table
@@ -197,11 +197,27 @@ class BatchMaker:
         return tensor, made
 
 
-def check_tasks(run: Run) -> None:
-    """Refuse unknown task names in a run, naming the ones that exist."""
-    named = {
-        task for s in run.stages for m in s.micro_batches for x in m.mixture for task in x.tasks
-    }
-    named |= {task for stage in run.stages for task in stage.evaluate}
-    for name in sorted(named - TASKS.keys()):
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+def check_run(run: Run) -> None:
+    """Refuse what no step could be made of: unknown tasks or media, micro-batches without rows.
+
+    Raises:
+        ValueError: names the stage and what would be right.
+    """
+    for stage in run.stages:
+        named = set(stage.evaluate)
+        if not stage.micro_batches:
+            raise ValueError(f"stage {stage.name!r} has no micro_batches")
+        for micro in stage.micro_batches:
+            named |= {task for mix in micro.mixture for task in mix.tasks}
+            if micro.medium not in MEDIUM_OF_KIND.values():
+                known = ", ".join(sorted(set(MEDIUM_OF_KIND.values())))
+                raise ValueError(f"stage {stage.name!r}: medium {micro.medium!r}; known: {known}")
+            if not any(mix.every == 1 and mix.rows > 0 for mix in micro.mixture):
+                raise ValueError(
+                    f"stage {stage.name!r}: a micro-batch needs a mixture with rows in every step "
+                    "(every: 1, rows of at least 1)"
+                )
+        for name in sorted(named - TASKS.keys()):
+            raise ValueError(
+                f"stage {stage.name!r}: unknown task {name!r}; known: {', '.join(TASKS)}"
+            )

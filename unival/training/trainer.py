@@ -18,7 +18,7 @@ from unival.evaluation.runner import Evaluation, evaluate
 from unival.model.configuration import UnivalConfig
 from unival.model.loading import load_model
 from unival.model.modeling import UnivalForConditionalGeneration
-from unival.training.batches import BatchMaker, check_tasks, open_sources, read_answers
+from unival.training.batches import BatchMaker, check_run, open_sources, read_answers
 from unival.training.checkpoint import ResumeError, StageFolder
 from unival.training.engine import Engine, init_distributed, learning_rate
 from unival.training.logs import RunLog, memory_gib
@@ -100,7 +100,7 @@ def train(run: Run) -> Path:
     Raises:
         ValueError, ResumeError: the config, or the run folder, cannot be used.
     """
-    check_tasks(run)
+    check_run(run)
     rank, _ = init_distributed()
     folder = Path(run.output)
     if rank == 0:
