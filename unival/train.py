@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from unival.config import ConfigError, load_config
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ResumeError, ValueError, FileNotFoundError) as error:
         print(f"unival train: {error}", file=sys.stderr)
         return 2
-    print(f"model: {model}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model: {model}")
     return 0
 
 
