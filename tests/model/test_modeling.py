@@ -8,7 +8,7 @@ import torch
 from unival.generation.search import SearchOptions, beam_search
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
-from unival.model.video_encoder import VideoEncoder
+from unival.model.video_encoder import Conv3d
 
 MEDIA = {
     "pixel_values": (2, 3, 64, 64),
@@ -209,15 +209,22 @@ def test_mel_filters_survive_a_cast_to_bf16(model):
     assert torch.equal(cast.encoder.audio_encoder.logmel.filters, filters)
 
 
-def test_bf16_gradients_of_the_video_encoder_follow_float32(model):
-    """Also a guard: torch's own bf16 gradient of the stem aborts the process on a CPU."""
-    frames = torch.randn(4, 3, 4, 64, 64)
-    encoder = model.encoder.video_encoder
-    encoder(frames).square().mean().backward()
-    want = encoder.conv1.weight.grad.clone()
-    encoder.zero_grad()
-    half = VideoEncoder([1, 1, 1, 1], [8, 8, 16, 16], 4).bfloat16().eval()
-    half.load_state_dict({name: t.bfloat16() for name, t in encoder.state_dict().items()})
-    half(frames.bfloat16()).float().square().mean().backward()
-    got = half.conv1.weight.grad.float()
-    assert torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.99
+@pytest.mark.parametrize(
+    ("channels", "out", "kernel", "groups"),
+    [(3, 64, 7, 1), (16, 16, 3, 8)],
+    ids=["stem", "grouped"],
+)
+def test_bf16_gradients_of_clip_convolutions_are_exact_on_a_cpu(channels, out, kernel, groups):
+    """torch's own abort the process (stem) or hold garbage now and then (grouped)."""
+    torch.manual_seed(0)
+    conv = Conv3d(channels, out, kernel, padding=kernel // 2, groups=groups, bias=False).bfloat16()
+    clips = torch.randn(8, channels, 4, 24, 24).bfloat16()
+    grad = torch.randn(8, out, 4, 24, 24).bfloat16()
+    exact = torch.nn.grad.conv3d_weight(
+        clips.double(), conv.weight.shape, grad.double(), padding=kernel // 2, groups=groups
+    )
+    for _ in range(5):
+        conv.weight.grad = None
+        conv(clips).backward(grad)
+        error = (conv.weight.grad.double() - exact).norm() / exact.norm()
+        assert error < 2**-8  # one rounding to bf16

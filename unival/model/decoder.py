@@ -12,9 +12,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from unival.kernels.attention.reference import RelativeBlock
 from unival.model.configuration import UnivalConfig
-from unival.model.encoder import EncoderOutput, RelativeTables, position_projection, position_scale
+from unival.model.encoder import EncoderOutput, RelativeTables, position_projection
 from unival.model.positions import code_positions
-from unival.model.transformer import DecoderLayer, PositionTerms
+from unival.model.transformer import DecoderLayer, PositionTerms, score_scale
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         past = 0 if cache is None else cache.get_seq_length()
         total = past + embedded.shape[1]
         positions = self.position_embeddings(total, code_mask, device)
-        query, scale = positions[:, past:], position_scale(self.config)
+        query, scale = positions[:, past:], score_scale(self.config)
         self_terms = PositionTerms(
             position_projection(self.self_position_query, query, self.config) * scale,
             position_projection(self.self_position_key, positions, self.config),

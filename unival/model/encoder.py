@@ -23,7 +23,7 @@ from unival.model.positions import (
     text_buckets,
     video_positions,
 )
-from unival.model.transformer import EncoderLayer, PositionTerms, split_heads
+from unival.model.transformer import EncoderLayer, PositionTerms, score_scale, split_heads
 from unival.model.video_encoder import VideoEncoder
 
 TEXT, MEDIUM = 0, 1  # rows of the type embedding
@@ -54,11 +54,6 @@ def one_row(x: Tensor) -> Tensor:
 def position_projection(linear: nn.Linear, positions: Tensor, config: UnivalConfig) -> Tensor:
     """Project position embeddings [B, S, D] to heads [B or 1, H, S, d]."""
     return split_heads(linear(one_row(positions)), config.num_heads)
-
-
-def position_scale(config: UnivalConfig) -> float:
-    """(d * attn_scale_factor)^-1/2; content and position parts of the scores share it."""
-    return (config.d_model / config.num_heads * config.attn_scale_factor) ** -0.5
 
 
 class RelativeTables(nn.Module):
@@ -266,7 +261,7 @@ class Encoder(nn.Module):
         x = x.masked_fill(padding[..., None], 0.0)
         terms = PositionTerms(
             position_projection(self.position_query, positions, self.config)
-            * position_scale(self.config),
+            * score_scale(self.config),
             position_projection(self.position_key, positions, self.config),
         )
         states: Sequence[Tensor] = [x]

@@ -28,6 +28,11 @@ class PositionTerms(NamedTuple):
     key: Tensor
 
 
+def score_scale(config: UnivalConfig) -> float:
+    """(d * attn_scale_factor)^-1/2; content and position parts of the scores share it."""
+    return (config.d_model / config.num_heads * config.attn_scale_factor) ** -0.5
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, S, D] to [B, H, S, d]."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -48,7 +53,7 @@ class Attention(nn.Module):
         super().__init__()
         width = config.d_model
         self.num_heads = config.num_heads
-        self.scaling = (width / config.num_heads * config.attn_scale_factor) ** -0.5
+        self.scaling = score_scale(config)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,23 +125,25 @@ class Engine:
         counts = torch.tensor(
             [self.criterion.kept(batch.tensors["labels"], update) for batch in batches],
             dtype=torch.float64,
+            device=self.deepspeed.device,
         )
         dist.all_reduce(counts)
         torch.manual_seed(self.run.seed + update * self.world_size + dist.get_rank())
         self.deepspeed.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.stage, update)
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        # Row t: summed nll and token count of the t-th task; the last row: the loss.
+        sums = torch.zeros(len(TASKS) + 1, 2, dtype=torch.float64, device=counts.device)
         for batch, count in zip(batches, counts.tolist(), strict=True):
             loss = self._micro_loss(batch, update, sums)
-            sums["loss"][0] += batch.weight * loss.item() / count
+            sums[-1, 0] += batch.weight * loss.detach() / count
             self.deepspeed.backward(
                 loss * (batch.weight * self.world_size / count), scale_wrt_gas=False
             )
             self.deepspeed.step()
         return self._result(sums, batches)
 
-    def _micro_loss(self, batch: Batch, update: int, sums: dict[str, list[float]]) -> Tensor:
+    def _micro_loss(self, batch: Batch, update: int, sums: Tensor) -> Tensor:
         """Summed loss of a micro-batch; adds each task's nll and token count to `sums`."""
         tensors = {name: t.to(self.deepspeed.device) for name, t in batch.tensors.items()}
         labels, weight = tensors.pop("labels"), tensors.pop("loss_weight")
@@ -154,26 +155,24 @@ class Engine:
         counted = self.criterion.counted(labels)
         logits = self.model.logits(states_at(out.decoder_last_hidden_state, counted))
         result = self.criterion(logits, labels, weight=weight, update=update)
-        rows = counted.nonzero()[:, 0].tolist()
-        for row, nll in zip(rows, result.token_nll.tolist(), strict=True):
-            entry = sums[batch.tasks[row]]
-            entry[0] += nll
-            entry[1] += 1
+        names = list(TASKS)
+        task_of_row = torch.tensor([names.index(task) for task in batch.tasks])
+        nll = result.token_nll.double()
+        entries = torch.stack([nll, torch.ones_like(nll)], dim=1)
+        sums.index_add_(0, task_of_row.to(nll.device)[counted.nonzero()[:, 0]], entries)
         return result.loss
 
-    def _result(self, sums: dict[str, list[float]], batches: list[Batch]) -> StepResult:
-        tasks = list(TASKS)  # the same on every rank, whatever kinds of rows it drew
+    def _result(self, sums: Tensor, batches: list[Batch]) -> StepResult:
         examples = sum(len(batch.tasks) for batch in batches)
         tokens = sum(
             int((b.tensors[n] != 1).sum())
             for b in batches
             for n in ("input_ids", "decoder_input_ids")
         )
-        values = [sums["loss"][0], examples, tokens, *(v for t in tasks for v in sums[t])]
-        total = torch.tensor(values, dtype=torch.float64)
+        total = torch.cat([sums, sums.new_tensor([[examples, tokens]])])
         dist.all_reduce(total)
-        loss, examples, tokens, *rest = total.tolist()
-        pairs = dict(zip(tasks, zip(rest[::2], rest[1::2], strict=True), strict=True))
+        *tasks, (loss, _), (examples, tokens) = total.tolist()
+        pairs = dict(zip(TASKS, tasks, strict=True))
         norm = self.deepspeed.get_global_grad_norm()
         return StepResult(
             loss=loss,

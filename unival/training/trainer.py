@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -26,11 +27,6 @@ from unival.training.options import Run, Stage
 from unival.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-
-
-def make_vocabulary(run: Run) -> Vocabulary:
-    """The run's tokenizer: the order of text entries its config asks for."""
-    return Vocabulary(run.text_order, run.dict_path)
 
 
 def make_model(run: Run, previous: Path | None) -> UnivalForConditionalGeneration:
@@ -64,19 +60,23 @@ def _say_when_done(task: str, done: int, total: int) -> None:
 
 
 def measure(
-    run: Run, stages: list[Stage], model: UnivalForConditionalGeneration, folder: Path
+    run: Run,
+    stages: list[Stage],
+    model: UnivalForConditionalGeneration,
+    vocabulary: Vocabulary,
+    folder: Path,
 ) -> None:
     """Evaluate the stages' tasks and add the result to what `folder` holds already."""
-    tables = open_sources(run)
+    tables, answers = open_sources(run), read_answers(run)
     found = Evaluation.load(folder) if (folder / "evaluation.json").is_file() else None
     for stage in stages:
         result = evaluate(
             model,
-            make_vocabulary(run),
+            vocabulary,
             tables,
             stage.evaluate,
             MediaOptions(**asdict(run.media)),
-            answers=read_answers(run),
+            answers=answers,
             fine_tuned=stage.evaluate if stage.fine_tuning else [],
             batch_size=run.evaluate_batch,
             folder=folder,
@@ -106,7 +106,7 @@ def train(run: Run) -> Path:
     if rank == 0:
         check_same_run(run, folder)
     dist.barrier()
-    vocabulary = make_vocabulary(run)
+    vocabulary = Vocabulary(run.text_order, run.dict_path)
     run_log = None
     total = sum(stage.steps for stage in run.stages)
     if rank == 0:
@@ -116,15 +116,17 @@ def train(run: Run) -> Path:
         place = StageFolder(folder, stage.name)
         if not place.finished:
             model = make_model(run, previous)
+            if torch.cuda.is_available():
+                model.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
             first = not done and not (place.path / "progress.json").is_file()
             if rank == 0 and first and run.evaluate_before:
                 measured = [s for s in run.stages if s.evaluate]
-                measure(run, measured, model, folder / "evaluation_before")
+                measure(run, measured, model, vocabulary, folder / "evaluation_before")
             dist.barrier()
             train_stage(run, stage, model, vocabulary, place, done, run_log)
             if rank == 0:
                 if stage.evaluate:
-                    measure(run, [stage], model, folder / "evaluation_after")
+                    measure(run, [stage], model, vocabulary, folder / "evaluation_after")
                 place.finish(model, vocabulary)
             dist.barrier()
         previous, done = place.model, done + stage.steps
