@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports triton: without a GPU its kernels are interpreted on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from unival.data.records import MEDIUM_OF_KIND, Origin, Record
 from unival.vocabulary import Vocabulary

@@ -1,0 +1,42 @@
+"""Which implementation of a kernel runs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_backend(op: str, backend: str, device: torch.device, known: tuple[str, ...]) -> str:
+    """The implementation that `backend` means on a device: one of `known`.
+
+    `auto` is Triton on a GPU and the first of `known` elsewhere, logged once for each op.
+
+    Raises:
+        ValueError: unknown name, or Triton for tensors on a CPU without its interpreter.
+    """
+    if backend == "auto":
+        chosen = "triton" if device.type == "cuda" else known[0]
+        if not torch.compiler.is_compiling():
+            _log_choice(op, device.type, chosen)
+        return chosen
+    if backend not in known:
+        raise ValueError(f"{op}: backend={backend!r}; known: auto, {', '.join(known)}")
+    if backend == "triton" and device.type != "cuda":
+        from unival.kernels.triton_tools.launch import interpreted
+
+        if not interpreted():
+            raise ValueError(
+                f"{op}: backend='triton' with tensors on {device.type}: Triton's kernels need an "
+                "NVIDIA GPU, or TRITON_INTERPRET=1 in the environment before Python starts"
+            )
+    return backend
+
+
+@functools.cache
+def _log_choice(op: str, device: str, chosen: str) -> None:
+    why = "the tensors are on a GPU" if chosen == "triton" else f"the tensors are on {device}"
+    logger.info("%s: backend auto runs %s (%s)", op, chosen, why)

@@ -1,0 +1,1 @@
+"""What all kernels share: launches, products, random numbers, ahead-of-time compilation."""
