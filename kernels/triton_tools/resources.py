@@ -91,7 +91,7 @@ def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         value = launch.arguments[name]
-        if parameter.is_constexpr or value is None or (value == 1 and type(value) is int):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name] = "constexpr"
             constants[name] = value
             continue
