@@ -20,8 +20,8 @@ def resolve_backend(op: str, backend: str, device: torch.device, known: tuple[st
     """
     if backend == "auto":
         chosen = "triton" if device.type == "cuda" else known[0]
-        if not torch.compiler.is_compiling():
-            _log_choice(op, device.type, chosen)
+        where = "a GPU" if chosen == "triton" else f"the {device.type}"
+        log_once(f"{op}: backend auto runs {chosen} (the tensors are on {where})")
         return chosen
     if backend not in known:
         raise ValueError(f"{op}: backend={backend!r}; known: auto, {', '.join(known)}")
@@ -36,7 +36,12 @@ def resolve_backend(op: str, backend: str, device: torch.device, known: tuple[st
     return backend
 
 
+def log_once(message: str) -> None:
+    """Log a choice the first time it is made."""
+    if not torch.compiler.is_compiling():  # a compiled graph has no place for it
+        _log_once(message)
+
+
 @functools.cache
-def _log_choice(op: str, device: str, chosen: str) -> None:
-    why = "the tensors are on a GPU" if chosen == "triton" else f"the tensors are on {device}"
-    logger.info("%s: backend auto runs %s (%s)", op, chosen, why)
+def _log_once(message: str) -> None:
+    logger.info(message)

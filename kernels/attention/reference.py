@@ -1,35 +1,16 @@
-"""What the attention of UnIVAL computes, in plain PyTorch; runs on every device.
+"""What the attention of UnIVAL computes, in plain PyTorch; runs on every device, in every dtype.
 
-    score[b,h,i,j] = q_i . k_j + pq_i . pk_j + r_h(i, j)
-    y[b,h,i]       = c_h * sum_j softmax_j(score) v_j
-
-Queries come already scaled by s = (2d)^-1/2, content and position alike. The position part is
-exactly
-of low rank, so one product of the concatenated [q, pq] and [k, pk] gives both (the observation of
-FlashBias, arXiv 2505.12044); the relative bias is added in place, one [H, n, n] block for the whole
-batch, so that no [B, H, S, T] bias ever exists.
+score[b,h,i,j] = s (q_i . k_j + pq_i . pk_j) + r_h(i, j)          s = scale
+y[b,h,i]       = c_h * sum_j softmax_j(score) v_j
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class RelativeBlock(NamedTuple):
-    """A relative bias on a diagonal block of the scores.
-
-    start  first query and key of the block
-    bias   [P, H, S', T'] for P distinct patterns of positions
-    rows   int64 [B]: the pattern of each sample; None where P is 1 and every sample has it
-    """
-
-    start: int
-    bias: Tensor
-    rows: Tensor | None = None
+from unival.kernels.attention.relative import RelativeBias
+from unival.kernels.triton_tools.philox import uniform_torch
 
 
 def attention_reference(
@@ -38,50 +19,71 @@ def attention_reference(
     value: Tensor,
     position_query: Tensor | None = None,
     position_key: Tensor | None = None,
-    relative: Sequence[RelativeBlock] = (),
+    relative: RelativeBias | None = None,
     head_scale: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     causal: bool = False,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention output and probabilities.
+    """Attention output and probabilities, with everything in memory.
 
-    Args:
-        query: [B, H, S, d], already scaled.
-        key, value: [B, H, T, d].
-        position_query, position_key: [B or 1, H, S or T, d]; the query side already scaled.
-        relative: biases of blocks on the diagonal; with a cache, the block's rows are the last S of
-            its positions.
-        head_scale: [H].
-        key_padding_mask: bool [B, T], True where a key must not be seen. A row that sees no key
-        gives
-            the mean of all values: finite, and meaningless by definition.
-        causal: query i sees keys up to i + T - S.
+    Arguments as in `attention` (op.py), without packed sequences.
 
     Returns:
-        output [B, H, S, d] in the dtype of value, probabilities [B, H, S, T] (before head scaling).
+        output [B, H, S, d] in the dtype of value, probabilities [B, H, S, T] (before dropout and
+        head scaling).
     """
-    batch = query.shape[0]
+    scores = query @ key.transpose(-1, -2) * scale
     if position_query is not None and position_key is not None:
-        query = torch.cat([query, position_query.expand(batch, -1, -1, -1)], dim=-1)
-        key = torch.cat([key, position_key.expand(batch, -1, -1, -1)], dim=-1)
-    scores = query @ key.transpose(-1, -2)
-    for block in relative:
-        rows, columns = block.bias.shape[-2:]
-        part = scores[:, :, block.start : block.start + rows, block.start : block.start + columns]
-        if block.rows is None:
-            part += block.bias
-        else:
-            for sample, pattern in enumerate(block.rows.tolist()):
-                part[sample] += block.bias[pattern]
-    lowest = torch.finfo(scores.dtype).min
-    if key_padding_mask is not None:
-        scores.masked_fill_(key_padding_mask[:, None, None, :], lowest)
-    if causal:
-        length, total = scores.shape[-2:]
-        hidden = torch.ones(length, total, dtype=torch.bool, device=scores.device)
-        scores.masked_fill_(hidden.triu(total - length + 1), lowest)
-    probabilities = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    output = probabilities @ value
+        scores = scores + position_query @ position_key.transpose(-1, -2) * scale
+    if relative is not None:
+        scores = scores + dense_bias(relative)
+    hidden = hidden_pairs(scores.shape, scores.device, key_padding_mask, causal)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    # A row that sees no key: zeros, where a softmax would give NaN.
+    scores = scores.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    probabilities = torch.softmax(scores, dim=-1, dtype=wide).masked_fill(hidden, 0.0)
+    probabilities = probabilities.to(value.dtype)
+    kept = probabilities
+    if dropout > 0.0 and seed is not None:
+        kept = kept * keep_mask(scores.shape, dropout, seed) / (1.0 - dropout)
+    output = kept @ value
     if head_scale is not None:
         output = output * head_scale[:, None, None]
     return output, probabilities
+
+
+def dense_bias(relative: RelativeBias) -> Tensor:
+    """The relative bias of every pair: [B or 1, H, S, T]."""
+    index = relative.query_codes.long()[:, :, None] - relative.key_codes.long()[:, None, :]
+    size = relative.table.shape[1]
+    inside = (index >= 0) & (index < size)
+    found = relative.table[:, index.clamp(0, max(size - 1, 0))] * inside
+    return found.movedim(0, 1)
+
+
+def hidden_pairs(
+    shape: torch.Size, device: torch.device, key_padding_mask: Tensor | None, causal: bool
+) -> Tensor:
+    """bool, broadcast to [B, H, S, T]: True where query i must not see key j."""
+    batch, _, length, total = shape
+    hidden = torch.zeros(batch, 1, length, total, dtype=torch.bool, device=device)
+    if key_padding_mask is not None:
+        hidden = hidden | key_padding_mask[:, None, None, :]
+    if causal:
+        ones = torch.ones(length, total, dtype=torch.bool, device=device)
+        hidden = hidden | ones.triu(total - length + 1)
+    return hidden
+
+
+def keep_mask(shape: torch.Size, dropout: float, seed: Tensor) -> Tensor:
+    """bool [B, H, S, T]: probabilities that dropout keeps, by counter (see triton_tools.philox)."""
+    batch, heads, length, total = shape
+    plane, row, column = (
+        torch.arange(n, device=seed.device) for n in (batch * heads, length, total)
+    )
+    drawn = uniform_torch(seed, column, row[:, None], plane[:, None, None])
+    return (drawn >= dropout).unflatten(0, (batch, heads))

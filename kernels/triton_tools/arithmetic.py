@@ -9,8 +9,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def dot(a, b):
-    """a @ b, summed in float32.
+def dot(a, b, acc=None):
+    """a @ b, plus acc where given, summed in float32.
 
     float32 operands are multiplied exactly as PyTorch does by default ("ieee"; Triton's own default
     is tf32). Triton 3.8's interpreter multiplies the bit patterns of bfloat16, hence the upcast.
@@ -18,7 +18,7 @@ def dot(a, b):
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

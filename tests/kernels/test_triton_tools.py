@@ -136,7 +136,7 @@ def test_auto_says_once_which_backend_runs_and_why(caplog: pytest.LogCaptureFixt
         for _ in range(2):
             resolve_backend("an op of this test", "auto", torch.device("cpu"), ("torch", "triton"))
     assert caplog.messages == [
-        "an op of this test: backend auto runs torch (the tensors are on cpu)"
+        "an op of this test: backend auto runs torch (the tensors are on the cpu)"
     ]
 
 

@@ -1,0 +1,255 @@
+"""Attention in PyTorch's own operators, a bounded block of scores at a time.
+
+Runs on every device; on a CPU it is the fast path. The position part and the relative bias of a
+block of queries are computed once and shared by all sequences that have the same positions, so the
+largest buffers are a block of scores and, where positions are shared, one block of biases. The
+backward pass computes the scores again, as the kernels do. Arithmetic is in float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unival.kernels.attention.inputs import Gradients, Inputs
+from unival.kernels.attention.reference import dense_bias
+from unival.kernels.attention.relative import RelativeBias
+from unival.kernels.triton_tools.philox import uniform_torch
+
+SCRATCH_BYTES = 4 << 20  # of a block of scores
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: float64 as it is, everything else in float32."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def forward_blocked(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, output before head scaling (empty without a head scale) and logsumexp."""
+    output, unscaled = x.new_output(), x.new_output()
+    lse = x.query.new_empty(x.query.shape[:3], dtype=wide_dtype(x.query.dtype))
+    if x.packed:
+        for index, rows, _ in _packed_rows(x):
+            scores = Scores(x.sequence(index))
+            scores.attend(output[:, :, rows], unscaled[:, :, rows], lse[:, :, rows])
+    else:
+        Scores(x).attend(output, unscaled, lse)
+    return output, output.new_empty(0) if x.head_scale is None else unscaled, lse
+
+
+def backward_blocked(x: Inputs, grad: Tensor, unscaled: Tensor, lse: Tensor) -> Gradients:
+    """Gradients from that of the output; `unscaled` and `lse` are the forward pass's."""
+    wide = wide_dtype(x.query.dtype)
+    grads = Gradients(
+        *(
+            None if tensor is None else torch.zeros(tensor.shape, dtype=wide, device=grad.device)
+            for tensor in (
+                x.query, x.key, x.value, x.position_query, x.position_key, x.table, x.head_scale,
+            )
+        )
+    )  # fmt: skip
+    if x.packed:
+        for index, rows, columns in _packed_rows(x):
+            part = Gradients(
+                *(
+                    tensor if tensor is None or cut is None else tensor[:, :, cut]
+                    for tensor, cut in zip(
+                        grads, (rows, columns, columns, rows, columns, None, None), strict=True
+                    )
+                )
+            )
+            scores = Scores(x.sequence(index))
+            scores.differentiate(grad[:, :, rows], unscaled[:, :, rows], lse[:, :, rows], part)
+    else:
+        Scores(x).differentiate(grad, unscaled, lse, grads)
+    return grads
+
+
+def _packed_rows(x: Inputs) -> Iterator[tuple[int, slice, slice]]:
+    """Index, query rows and key rows of each packed sequence."""
+    queries, keys = x.query_starts.tolist(), x.key_starts.tolist()
+    for index in range(x.sequences):
+        yield index, slice(*queries[index : index + 2]), slice(*keys[index : index + 2])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some sequences and some queries of them."""
+
+    batch: slice
+    rows: slice
+
+    def of(self, x: Tensor) -> Tensor:
+        """The block's part of a [B or 1, H, S, ...] tensor, contiguous."""
+        batch = slice(None) if len(x) == 1 else self.batch
+        return x[batch, :, self.rows]
+
+
+class Scores:
+    """The scores of an unpacked attention, block by block."""
+
+    def __init__(self, x: Inputs) -> None:
+        wide = wide_dtype(x.query.dtype)
+        self.x = x
+        self.query, self.key, self.value = (t.to(wide) for t in (x.query, x.key, x.value))
+        self.position_query, self.position_key, self.table, self.head_scale = (
+            None if t is None else t.to(wide)
+            for t in (x.position_query, x.position_key, x.table, x.head_scale)
+        )
+        self.padding = None if x.padding is None else x.padding.bool()
+        self.shared = (x.position_query is None or x.shared_positions) and (
+            x.table is None or x.shared_codes
+        )
+
+    def blocks(self) -> Iterator[tuple[slice, list[Block]]]:
+        """Ranges of queries, each with the blocks of sequences over it."""
+        batch, heads, queries, _ = self.query.shape
+        row_bytes = heads * self.key.shape[2] * self.query.element_size()
+        step = max(1, min(queries, SCRATCH_BYTES // max(row_bytes, 1)))
+        together = max(1, SCRATCH_BYTES // max(row_bytes * step, 1))
+        for i in range(0, queries, step):
+            rows = slice(i, min(i + step, queries))
+            yield (
+                rows,
+                [
+                    Block(slice(b, min(b + together, batch)), rows)
+                    for b in range(0, batch, together)
+                ],
+            )
+
+    def bias(self, block: Block) -> Tensor | None:
+        """Position part and relative bias [n or 1, H, rows, T]; None where there is neither."""
+        found = None
+        if self.position_query is not None:
+            queries = block.of(self.position_query)
+            keys = self._batch(self.position_key, block)
+            found = (queries * self.x.scale) @ keys.transpose(-1, -2)
+        if self.table is not None:
+            dense = dense_bias(RelativeBias(self.table, *self._codes(block)))
+            found = dense if found is None else found + dense
+        return found
+
+    def of(self, block: Block, bias: Tensor | None) -> Tensor:
+        """Scores [n, H, rows, T] of a block, -inf where a query does not see a key."""
+        query, key = block.of(self.query), self._batch(self.key, block)
+        count, heads, rows, _ = query.shape
+        total = key.shape[2]
+        scores = query.new_empty(count, heads, rows, total)
+        if bias is not None:
+            scores.copy_(bias)
+        scores.flatten(0, 1).baddbmm_(
+            query.flatten(0, 1),
+            key.flatten(0, 1).transpose(1, 2),
+            alpha=self.x.scale,
+            beta=0 if bias is None else 1,
+        )
+        if self.padding is not None:
+            scores.masked_fill_(self.padding[block.batch, None, None], -torch.inf)
+        if self.x.causal:
+            visible = torch.arange(total, device=scores.device)
+            last = torch.arange(block.rows.start, block.rows.stop, device=scores.device)
+            last += total - self.query.shape[2]
+            scores.masked_fill_(visible > last[:, None], -torch.inf)
+        return scores
+
+    def attend(self, output: Tensor, unscaled: Tensor, lse: Tensor) -> None:
+        """Fill the output, the output before head scaling, and the logsumexp."""
+        for rows, blocks in self.blocks():
+            bias = self.bias(Block(slice(None), rows)) if self.shared else None
+            for block in blocks:
+                scores = self.of(block, bias if self.shared else self.bias(block))
+                largest = scores.amax(-1, keepdim=True)
+                # A row that sees no key: subtracting -inf would give NaN.
+                largest.masked_fill_(largest == -torch.inf, 0.0)
+                weights = scores.sub_(largest).exp_()
+                summed = weights.sum(-1, keepdim=True)
+                unseen = summed == 0.0
+                block.of(lse)[...] = (largest + summed.log()).masked_fill_(unseen, 0.0).squeeze(-1)
+                self._drop(weights, block)
+                attended = weights @ self._batch(self.value, block)
+                attended /= summed.masked_fill_(unseen, 1.0)
+                block.of(unscaled)[...] = attended
+                if self.head_scale is not None:
+                    attended *= self.head_scale[:, None, None]
+                block.of(output)[...] = attended
+
+    def differentiate(self, grad: Tensor, unscaled: Tensor, lse: Tensor, grads: Gradients) -> None:
+        """Add the gradients of all inputs to `grads`, which starts at zero."""
+        wide, scale = self.query.dtype, self.x.scale
+        rowdot = (grad.to(wide) * unscaled.to(wide)).sum(-1)
+        if self.head_scale is not None:
+            grads.head_scale.add_(rowdot.sum((0, 2)))
+            rowdot = rowdot * self.head_scale[:, None]
+        for rows, blocks in self.blocks():
+            whole = Block(slice(None), rows)
+            bias = self.bias(whole) if self.shared else None
+            summed = None if bias is None else torch.zeros_like(bias)
+            for block in blocks:
+                scores = self.of(block, bias if self.shared else self.bias(block))
+                weights = scores.sub_(block.of(lse)[..., None]).exp_()
+                dy = block.of(grad).to(wide)
+                if self.head_scale is not None:
+                    dy = dy * self.head_scale[:, None, None]
+                ds = dy @ self._batch(self.value, block).transpose(-1, -2)
+                self._drop(ds, block)
+                ds.sub_(block.of(rowdot)[..., None]).mul_(weights)
+                self._drop(weights, block)
+                grads.value[block.batch].add_(weights.transpose(-1, -2) @ dy)
+                block.of(grads.query)[...] = (ds @ self._batch(self.key, block)).mul_(scale)
+                grads.key[block.batch].add_(
+                    ds.transpose(-1, -2) @ block.of(self.query), alpha=scale
+                )
+                if not self.shared:
+                    self._bias_gradient(ds, block, grads)
+                elif summed is not None:
+                    summed.add_(ds.sum(0, keepdim=True))
+            if summed is not None:
+                self._bias_gradient(summed, whole, grads)
+
+    def _batch(self, x: Tensor, block: Block) -> Tensor:
+        """[n or 1, H, T, d]: all keys of the block's sequences."""
+        return x if len(x) == 1 else x[block.batch]
+
+    def _codes(self, block: Block) -> tuple[Tensor, Tensor]:
+        query, key = self.x.query_codes, self.x.key_codes
+        query = query[:, block.rows] if len(query) == 1 else query[block.batch, block.rows]
+        return query, key if len(key) == 1 else key[block.batch]
+
+    def _drop(self, weights: Tensor, block: Block) -> None:
+        """Dropout of [n, H, rows, T] in place, by counter."""
+        if self.x.seed is None:
+            return
+        heads, total = weights.shape[1], weights.shape[3]
+        device = weights.device
+        row = torch.arange(block.rows.start, block.rows.stop, device=device)[:, None]
+        first = block.batch.start * heads
+        plane = torch.arange(first, first + len(weights) * heads, device=device)
+        drawn = uniform_torch(
+            self.x.seed, torch.arange(total, device=device), row, plane[:, None, None]
+        )
+        kept = (drawn >= self.x.dropout).view(weights.shape)
+        weights.mul_(kept).div_(1.0 - self.x.dropout)
+
+    def _bias_gradient(self, ds: Tensor, block: Block, grads: Gradients) -> None:
+        """Add what the scores' gradient [n or 1, H, rows, T] gives to positions and table."""
+        if self.position_query is not None:
+            # Positions may be shared where codes are not: their gradient is a sum over sequences.
+            found = (ds @ self._batch(self.position_key, block)).mul_(self.x.scale)
+            place = block.of(grads.position_query)
+            place.add_(found.sum_to_size(place.shape))
+            found = (ds.transpose(-1, -2) @ block.of(self.position_query)).mul_(self.x.scale)
+            place = self._batch(grads.position_key, block)
+            place.add_(found.sum_to_size(place.shape))
+        if self.table is not None:
+            query, key = self._codes(block)
+            index = query.long()[:, :, None] - key.long()[:, None, :]
+            heads, size = self.table.shape
+            index = torch.where((index < 0) | (index >= size), size, index)
+            # Pairs without a bias are added to a column of their own.
+            summed = ds.new_zeros(heads, size + 1)
+            for pairs, part in zip(index.expand(len(ds), -1, -1), ds, strict=True):
+                summed.index_add_(1, pairs.flatten(), part.flatten(1))
+            grads.table.add_(summed[:, :size])
