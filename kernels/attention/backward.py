@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 
 from unival.kernels.attention.backward_kernels import (
+    attention_bias_kernel,
     attention_keys_kernel,
     attention_queries_kernel,
-    attention_relative_kernel,
     attention_rowdot_kernel,
 )
 from unival.kernels.attention.inputs import Gradients, Inputs
@@ -20,25 +20,34 @@ from unival.kernels.triton_tools.launch import Config, launch, multiprocessors
 # Sequences are walked in chunks whose tensors stay in an A100's 40 MB second-level cache, so that
 # the kernels after the first read them from there.
 CHUNK_BYTES = 24 << 20
-MAX_GROUP = 8  # sequences a program sums dpq, dpk or the table's gradient over
+MAX_GROUP = 8  # sequences that share positions and are summed before positions and table get theirs
 
 
-def backward_config(width: int, dtype: torch.dtype) -> Config:
-    """Blocks of the three backward kernels."""
+def content_config(width: int, dtype: torch.dtype) -> dict[str, Config]:
+    """Blocks of the kernels that own keys ("BLOCK_N") and queries ("BLOCK_M")."""
     if dtype == torch.float32:
-        return Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
-    if width <= 64:
-        return Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 1)
-    return Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
+        both = Config({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
+        return {"BLOCK_N": both, "BLOCK_M": both}
+    return {
+        "BLOCK_N": Config({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 1),
+        "BLOCK_M": Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1),
+    }
+
+
+def bias_config(width: int, dtype: torch.dtype) -> Config:
+    """Blocks of the kernel of positions and table."""
+    if dtype == torch.float32:
+        return Config({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
+    return Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1)
 
 
 def attention_backward(
-    x: Inputs, grad: Tensor, unscaled: Tensor, lse: Tensor, deterministic: bool
+    x: Inputs, grad: Tensor, unscaled: Tensor, statistics: Tensor, deterministic: bool
 ) -> Gradients:
-    """Gradients from that of the output; `unscaled` and `lse` are the forward pass's."""
+    """Gradients from that of the output; `unscaled` and `statistics` are the forward pass's."""
     batch, heads = x.query.shape[:2]
     # Sums over sequences are kept in float32; what a program writes alone has its final dtype.
-    summed = torch.float32 if x.shared_positions else x.query.dtype
+    summed = torch.float32 if x.shared else x.query.dtype
     grads = Gradients(
         x.new_output(),
         _like_transposed(x.key),
@@ -56,21 +65,21 @@ def attention_backward(
     for start in range(0, batch, step):
         rows = slice(start, min(start + step, batch))
         part = grads._replace(query=grads.query[rows], key=grads.key[rows], value=grads.value[rows])
-        if x.position_query is not None and not x.shared_positions:
+        if x.position_query is not None and not x.shared:
             part = part._replace(
                 position_query=grads.position_query[rows], position_key=grads.position_key[rows]
             )
         chunk = Chunk(
             x.rows(rows.start, rows.stop) if len(grad) > step else x,
             grad[rows],
-            lse[rows],
-            rowdots(grad[rows], unscaled[rows], lse[rows]),
+            statistics[:, rows],
+            rowdots(grad[rows], unscaled[rows]),
         )
-        chunk.keys_and_queries(part)
+        chunk.content(part)
         if part.head_scale is not None:
             part.head_scale.add_(chunk.rowdot.sum((0, 2)))
-        if part.table is not None:
-            chunk.table(part.table, deterministic)
+        if x.position_query is not None or x.table is not None:
+            chunk.bias(part, deterministic)
     return grads
 
 
@@ -84,10 +93,10 @@ def _zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else torch.zeros(x.shape, dtype=dtype, device=x.device)
 
 
-def rowdots(grad: Tensor, unscaled: Tensor, lse: Tensor) -> Tensor:
+def rowdots(grad: Tensor, unscaled: Tensor) -> Tensor:
     """Sum of dy * o of every row: float32 [B, H, S]."""
     batch, heads, queries, width = grad.shape
-    rowdot = torch.empty_like(lse)
+    rowdot = torch.empty(batch, heads, queries, dtype=torch.float32, device=grad.device)
     config = Config({"BLOCK_M": 64}, 4, 1)
     launch(
         attention_rowdot_kernel,
@@ -105,62 +114,56 @@ class Chunk(NamedTuple):
 
     x: Inputs
     grad: Tensor
-    lse: Tensor
+    statistics: Tensor
     rowdot: Tensor
 
-    def keys_and_queries(self, grads: Gradients) -> None:
-        """Write dq, dk, dv; write dpq and dpk, or add to them where sequences share positions."""
+    def content(self, grads: Gradients) -> None:
+        """Write dq, dk and dv."""
         x = self.x
-        config = backward_config(x.query.shape[-1], x.query.dtype)
-        for kernel, length, block, outputs, position in (
-            (attention_keys_kernel, x.max_keys, "BLOCK_N", (grads.key, grads.value),
-             grads.position_key),
-            (attention_queries_kernel, x.max_queries, "BLOCK_M", (grads.query,),
-             grads.position_query),
-        ):  # fmt: skip
+        blocks = content_config(x.query.shape[-1], x.query.dtype)
+        for kernel, length, block, outputs in (
+            (attention_keys_kernel, x.max_keys, "BLOCK_N", (grads.key, grads.value)),
+            (attention_queries_kernel, x.max_queries, "BLOCK_M", (grads.query,)),
+        ):
+            config = blocks[block]
+            programs = (triton.cdiv(length, config.blocks[block]), x.query.shape[1], x.sequences)
+            self.run(kernel, programs, config, outputs, outputs[0].stride()[:3], ())
+
+    def bias(self, grads: Gradients, deterministic: bool) -> None:
+        """Write dpq and dpk, or add to them where sequences share positions; add to the table's."""
+        x = self.x
+        config = bias_config(x.query.shape[-1], x.query.dtype)
+        for of_keys, length, block, position in (
+            (False, x.max_queries, "BLOCK_M", grads.position_query),
+            (True, x.max_keys, "BLOCK_N", grads.position_key),
+        ):
+            if of_keys and position is None:
+                continue
             blocks = triton.cdiv(length, config.blocks[block])
-            group = self.group(blocks) if x.shared_positions else 1
-            partial = position
-            if position is not None and x.shared_positions:
-                groups = triton.cdiv(x.sequences, group)
+            group = self.group(blocks) if x.shared else 1
+            groups = triton.cdiv(x.sequences, group)
+            partial, table = position, None if of_keys else grads.table
+            if position is not None and x.shared:
                 partial = position.new_empty(groups, *position.shape[1:])
-            strides = (0, 0, 0) if partial is None else partial.stride()[:3]
+            if table is not None and deterministic:
+                table = table.new_zeros(groups * blocks, *table.shape)
             self.run(
-                kernel,
-                blocks,
-                group,
+                attention_bias_kernel,
+                (blocks, x.query.shape[1], groups),
                 config,
-                (*outputs, partial),
-                (*outputs[0].stride()[:3], *strides),
+                (partial, table),
+                (0, 0, 0) if partial is None else partial.stride()[:3],
+                (x.sequences, group),
+                OF_KEYS=of_keys,
+                DETERMINISTIC=deterministic,
             )
             if partial is not position:
                 position.add_(partial.sum(0, keepdim=True))
-
-    def table(self, grad_table: Tensor, deterministic: bool) -> None:
-        """Add to the table's gradient [H, L]."""
-        x = self.x
-        config = backward_config(x.query.shape[-1], x.query.dtype)
-        blocks = triton.cdiv(x.max_queries, config.blocks["BLOCK_M"])
-        group = self.group(blocks) if x.shared_codes or deterministic else 1
-        target = grad_table
-        if deterministic:
-            programs = blocks * triton.cdiv(x.sequences, group)
-            target = torch.zeros(programs, *grad_table.shape, device=grad_table.device)
-        self.run(
-            attention_relative_kernel,
-            blocks,
-            group,
-            config,
-            (target,),
-            (),
-            SHARED=x.shared_codes,
-            DETERMINISTIC=deterministic,
-        )
-        if deterministic:
-            grad_table.add_(target.sum(0))
+            if table is not None and deterministic:
+                grads.table.add_(table.sum(0))
 
     def group(self, blocks: int) -> int:
-        """Sequences a program walks and sums over: several where the chip stays full."""
+        """Sequences a program sums over: several where the chip stays full."""
         programs = blocks * self.x.query.shape[1] * self.x.sequences
         fill = 2 * multiprocessors(self.x.query.device)
         return max(1, min(MAX_GROUP, self.x.sequences, programs // fill))
@@ -168,27 +171,26 @@ class Chunk(NamedTuple):
     def run(
         self,
         kernel: Any,
-        blocks: int,
-        group: int,
+        grid: tuple[int, int, int],
         config: Config,
         outputs: tuple[Tensor | None, ...],
         output_strides: tuple[int, ...],
+        groups: tuple[int, ...],
         **flags: bool,
     ) -> None:
-        """Launch one of the three kernels over blocks of rows, heads, and groups of sequences."""
+        """Launch one of the kernels over blocks of rows, heads, and sequences or groups of them."""
         x = self.x
         _, heads, queries, width = x.query.shape
         launch(
             kernel,
-            (blocks, heads, triton.cdiv(x.sequences, group)),
+            grid,
             config,
             (
                 *x.tensors(), x.head_scale, x.padding, x.query_starts, x.key_starts, x.seed,
-                self.grad, self.lse, self.rowdot, *outputs,
+                self.grad, self.statistics[0], self.statistics[1], self.rowdot, *outputs,
                 *x.strides(), *self.grad.stride()[:3], *output_strides,
-                *x.code_strides(), *self.lse.stride()[:2], x.padding_stride(),
-                heads, queries, x.key.shape[2], x.sequences, group, x.table_size(),
-                x.scale, x.dropout,
+                *x.code_strides(), *self.rowdot.stride()[:2], x.padding_stride(),
+                heads, x.first, queries, x.key.shape[2], *groups, x.table_size(), x.scale, x.dropout,
             ),
             WIDTH=width,
             CAUSAL=x.causal,

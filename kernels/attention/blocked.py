@@ -28,20 +28,24 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def forward_blocked(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, output before head scaling (empty without a head scale) and logsumexp."""
+    """Output, output before head scaling (empty without a head scale) and statistics.
+
+    Statistics: [2, B, H, S], the largest score of a row and its sum of exponentials.
+    """
     output, unscaled = x.new_output(), x.new_output()
-    lse = x.query.new_empty(x.query.shape[:3], dtype=wide_dtype(x.query.dtype))
+    shape = (2, *x.query.shape[:3])
+    statistics = x.query.new_empty(shape, dtype=wide_dtype(x.query.dtype))
     if x.packed:
         for index, rows, _ in _packed_rows(x):
             scores = Scores(x.sequence(index))
-            scores.attend(output[:, :, rows], unscaled[:, :, rows], lse[:, :, rows])
+            scores.attend(output[:, :, rows], unscaled[:, :, rows], statistics[..., rows])
     else:
-        Scores(x).attend(output, unscaled, lse)
-    return output, output.new_empty(0) if x.head_scale is None else unscaled, lse
+        Scores(x).attend(output, unscaled, statistics)
+    return output, output.new_empty(0) if x.head_scale is None else unscaled, statistics
 
 
-def backward_blocked(x: Inputs, grad: Tensor, unscaled: Tensor, lse: Tensor) -> Gradients:
-    """Gradients from that of the output; `unscaled` and `lse` are the forward pass's."""
+def backward_blocked(x: Inputs, grad: Tensor, unscaled: Tensor, statistics: Tensor) -> Gradients:
+    """Gradients from that of the output; `unscaled` and `statistics` are the forward pass's."""
     wide = wide_dtype(x.query.dtype)
     grads = Gradients(
         *(
@@ -62,9 +66,11 @@ def backward_blocked(x: Inputs, grad: Tensor, unscaled: Tensor, lse: Tensor) -> 
                 )
             )
             scores = Scores(x.sequence(index))
-            scores.differentiate(grad[:, :, rows], unscaled[:, :, rows], lse[:, :, rows], part)
+            scores.differentiate(
+                grad[:, :, rows], unscaled[:, :, rows], statistics[..., rows], part
+            )
     else:
-        Scores(x).differentiate(grad, unscaled, lse, grads)
+        Scores(x).differentiate(grad, unscaled, statistics, grads)
     return grads
 
 
@@ -100,9 +106,6 @@ class Scores:
             for t in (x.position_query, x.position_key, x.table, x.head_scale)
         )
         self.padding = None if x.padding is None else x.padding.bool()
-        self.shared = (x.position_query is None or x.shared_positions) and (
-            x.table is None or x.shared_codes
-        )
 
     def blocks(self) -> Iterator[tuple[slice, list[Block]]]:
         """Ranges of queries, each with the blocks of sequences over it."""
@@ -155,54 +158,68 @@ class Scores:
             scores.masked_fill_(visible > last[:, None], -torch.inf)
         return scores
 
-    def attend(self, output: Tensor, unscaled: Tensor, lse: Tensor) -> None:
-        """Fill the output, the output before head scaling, and the logsumexp."""
+    def attend(self, output: Tensor, unscaled: Tensor, statistics: Tensor) -> None:
+        """Fill the output, the output before head scaling, and the statistics."""
+        if self.key.shape[2] == 0:  # torch has no largest of nothing
+            for empty, value in (
+                (output, 0),
+                (unscaled, 0),
+                (statistics[0], 0),
+                (statistics[1], 1),
+            ):
+                empty.fill_(value)
+            return
         for rows, blocks in self.blocks():
-            bias = self.bias(Block(slice(None), rows)) if self.shared else None
+            bias = self.bias(Block(slice(None), rows)) if self.x.shared else None
             for block in blocks:
-                scores = self.of(block, bias if self.shared else self.bias(block))
+                scores = self.of(block, bias if self.x.shared else self.bias(block))
                 largest = scores.amax(-1, keepdim=True)
                 # A row that sees no key: subtracting -inf would give NaN.
                 largest.masked_fill_(largest == -torch.inf, 0.0)
                 weights = scores.sub_(largest).exp_()
                 summed = weights.sum(-1, keepdim=True)
-                unseen = summed == 0.0
-                block.of(lse)[...] = (largest + summed.log()).masked_fill_(unseen, 0.0).squeeze(-1)
+                summed.masked_fill_(summed == 0.0, 1.0)
+                block.of(statistics[0])[...] = largest.squeeze(-1)
+                block.of(statistics[1])[...] = summed.squeeze(-1)
                 self._drop(weights, block)
                 attended = weights @ self._batch(self.value, block)
-                attended /= summed.masked_fill_(unseen, 1.0)
+                attended /= summed
                 block.of(unscaled)[...] = attended
                 if self.head_scale is not None:
                     attended *= self.head_scale[:, None, None]
                 block.of(output)[...] = attended
 
-    def differentiate(self, grad: Tensor, unscaled: Tensor, lse: Tensor, grads: Gradients) -> None:
+    def differentiate(
+        self, grad: Tensor, unscaled: Tensor, statistics: Tensor, grads: Gradients
+    ) -> None:
         """Add the gradients of all inputs to `grads`, which starts at zero."""
         wide, scale = self.query.dtype, self.x.scale
         rowdot = (grad.to(wide) * unscaled.to(wide)).sum(-1)
         if self.head_scale is not None:
             grads.head_scale.add_(rowdot.sum((0, 2)))
             rowdot = rowdot * self.head_scale[:, None]
+        # Probabilities are exponentials over their sum: dy is divided instead of every one of them.
+        delta = rowdot / statistics[1]
         for rows, blocks in self.blocks():
             whole = Block(slice(None), rows)
-            bias = self.bias(whole) if self.shared else None
+            bias = self.bias(whole) if self.x.shared else None
             summed = None if bias is None else torch.zeros_like(bias)
             for block in blocks:
-                scores = self.of(block, bias if self.shared else self.bias(block))
-                weights = scores.sub_(block.of(lse)[..., None]).exp_()
-                dy = block.of(grad).to(wide)
+                scores = self.of(block, bias if self.x.shared else self.bias(block))
+                weights = scores.sub_(block.of(statistics[0])[..., None]).exp_()
+                dy = block.of(grad).to(wide) / block.of(statistics[1])[..., None]
                 if self.head_scale is not None:
                     dy = dy * self.head_scale[:, None, None]
                 ds = dy @ self._batch(self.value, block).transpose(-1, -2)
                 self._drop(ds, block)
-                ds.sub_(block.of(rowdot)[..., None]).mul_(weights)
+                ds.sub_(block.of(delta)[..., None]).mul_(weights)
                 self._drop(weights, block)
                 grads.value[block.batch].add_(weights.transpose(-1, -2) @ dy)
                 block.of(grads.query)[...] = (ds @ self._batch(self.key, block)).mul_(scale)
                 grads.key[block.batch].add_(
                     ds.transpose(-1, -2) @ block.of(self.query), alpha=scale
                 )
-                if not self.shared:
+                if not self.x.shared:
                     self._bias_gradient(ds, block, grads)
                 elif summed is not None:
                     summed.add_(ds.sum(0, keepdim=True))
@@ -225,7 +242,7 @@ class Scores:
         heads, total = weights.shape[1], weights.shape[3]
         device = weights.device
         row = torch.arange(block.rows.start, block.rows.stop, device=device)[:, None]
-        first = block.batch.start * heads
+        first = (self.x.first + block.batch.start) * heads
         plane = torch.arange(first, first + len(weights) * heads, device=device)
         drawn = uniform_torch(
             self.x.seed, torch.arange(total, device=device), row, plane[:, None, None]
@@ -236,13 +253,10 @@ class Scores:
     def _bias_gradient(self, ds: Tensor, block: Block, grads: Gradients) -> None:
         """Add what the scores' gradient [n or 1, H, rows, T] gives to positions and table."""
         if self.position_query is not None:
-            # Positions may be shared where codes are not: their gradient is a sum over sequences.
-            found = (ds @ self._batch(self.position_key, block)).mul_(self.x.scale)
-            place = block.of(grads.position_query)
-            place.add_(found.sum_to_size(place.shape))
-            found = (ds.transpose(-1, -2) @ block.of(self.position_query)).mul_(self.x.scale)
-            place = self._batch(grads.position_key, block)
-            place.add_(found.sum_to_size(place.shape))
+            found = ds @ self._batch(self.position_key, block)
+            block.of(grads.position_query).add_(found, alpha=self.x.scale)
+            found = ds.transpose(-1, -2) @ block.of(self.position_query)
+            self._batch(grads.position_key, block).add_(found, alpha=self.x.scale)
         if self.table is not None:
             query, key = self._codes(block)
             index = query.long()[:, :, None] - key.long()[:, None, :]

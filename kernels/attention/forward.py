@@ -1,6 +1,7 @@
 """Triton: attention forward, one program a block of queries of a head; and one query at a time.
 
-Scores live in registers only. Base-2 exponentials: scores are multiplied by log2(e) once.
+Scores live in registers only. What a row's softmax was is kept as its largest score and the sum of
+exponentials, not as their logsumexp, whose rounding alone would cost float32 half its exactness.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ def sequence(starts, batch, length, PACKED: tl.constexpr):
 
 @triton.jit
 def load_rows(pointer, rows, length, stride, WIDTH: tl.constexpr):
-    """[block, WIDTH] of a head's rows; zeros beyond the length."""
-    columns = tl.arange(0, WIDTH)
-    offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
+    """[block, WIDTH] of a head's rows; zeros beyond the length.
+
+    32-bit offsets from the head's 64-bit pointer (inputs.py checks that they suffice): half the
+    registers.
+    """
+    offsets = rows[:, None] * stride + tl.arange(0, WIDTH)[None, :]
     return tl.load(pointer + offsets, mask=rows[:, None] < length, other=0.0)
 
 
@@ -47,11 +51,11 @@ def add_relative(scores, table, query_codes, key_codes, table_size):
 def attention_forward_kernel(
     query, key, value, position_query, position_key,
     table, query_codes, key_codes, head_scale, padding, query_starts, key_starts, seed,
-    output, unscaled, logsumexp,
+    output, unscaled, largest_score, exponential_sum,
     query_b, query_h, query_s, key_b, key_h, key_s, value_b, value_h, value_s,
     pq_b, pq_h, pq_s, pk_b, pk_h, pk_s, output_b, output_h, output_s,
-    qc_b, kc_b, lse_b, lse_h, padding_b,
-    num_heads, queries, keys, table_size, scale, dropout,
+    qc_b, kc_b, row_b, row_h, padding_b,
+    num_heads, first_sequence, queries, keys, table_size, scale, dropout,
     WIDTH: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -59,10 +63,10 @@ def attention_forward_kernel(
     batch = tl.program_id(2).to(tl.int64)
     query_start, length, query_batch = sequence(query_starts, batch, queries, PACKED)
     key_start, total, key_batch = sequence(key_starts, batch, keys, PACKED)
-    first = tl.program_id(0) * BLOCK_M
-    if first >= length:
+    begin = tl.program_id(0) * BLOCK_M
+    if begin >= length:
         return
-    rows = first + tl.arange(0, BLOCK_M)
+    rows = begin + tl.arange(0, BLOCK_M)
     q = load_rows(
         query + query_batch * query_b + head * query_h + query_start * query_s,
         rows, length, query_s, WIDTH,
@@ -86,7 +90,7 @@ def attention_forward_kernel(
     attended = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     last = total
     if CAUSAL:
-        last = tl.minimum(total, first + BLOCK_M + total - length)
+        last = tl.minimum(total, begin + BLOCK_M + total - length)
     for start in range(0, last, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         scores = dot(q, tl.trans(load_rows(key, columns, total, key_s, WIDTH)))
@@ -102,31 +106,33 @@ def attention_forward_kernel(
             seen = seen & (absent[None, :] == 0)
         if CAUSAL:
             seen = seen & (columns[None, :] <= rows[:, None] + total - length)
-        scores = tl.where(seen, scores * LOG2E, -float("inf"))
+        scores = tl.where(seen, scores, -float("inf"))
         largest = tl.maximum(maximum, tl.max(scores, 1))
         # A row that has seen no key keeps -inf; subtracting it would give NaN.
         shift = tl.where(largest == -float("inf"), 0.0, largest)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(maximum - shift)
+        weights = tl.exp2((scores - shift[:, None]) * LOG2E)
+        decay = tl.exp2((maximum - shift) * LOG2E)
         summed = summed * decay + tl.sum(weights, 1)
         if seed is not None:
-            plane = (batch * num_heads + head).to(tl.int32)
+            plane = ((batch + first_sequence) * num_heads + head).to(tl.int32)
             drawn = uniform(tl.load(seed), columns[None, :], rows[:, None], plane)
             weights = tl.where(drawn >= dropout, weights / (1.0 - dropout), 0.0)
         v = load_rows(value, columns, total, value_s, WIDTH)
         attended = dot(weights.to(v.dtype), v, attended * decay[:, None])
         maximum = largest
-    attended = attended / tl.where(summed == 0.0, 1.0, summed)[:, None]
-    # Rows without a key: any finite value does, since their weights are 0 whatever it is.
-    lse = tl.where(summed == 0.0, 0.0, maximum + tl.log2(summed)) / LOG2E
+    # Rows without a key: their weights are 0 in the backward pass whatever stands here.
+    unseen = summed == 0.0
+    summed = tl.where(unseen, 1.0, summed)
+    attended = attended / summed[:, None]
+    inside = rows < length
+    place = query_batch * row_b + head * row_h + query_start + rows
+    tl.store(largest_score + place, tl.where(unseen, 0.0, maximum), inside)
+    tl.store(exponential_sum + place, summed, inside)
     offsets = (
         query_batch * output_b + head * output_h + (query_start + rows[:, None]) * output_s
         + tl.arange(0, WIDTH)[None, :]
     )  # fmt: skip
-    inside = rows[:, None] < length
-    tl.store(
-        logsumexp + query_batch * lse_b + head * lse_h + query_start + rows, lse, rows < length
-    )
+    inside = inside[:, None]
     if head_scale is not None:
         tl.store(unscaled + offsets, attended.to(unscaled.dtype.element_ty), inside)
         attended = attended * tl.load(head_scale + head).to(tl.float32)
@@ -176,18 +182,18 @@ def attention_decode_kernel(
         if padding is not None:
             absent = tl.load(padding + batch * padding_b + columns, mask=columns < keys, other=1)
             seen = seen & (absent == 0)
-        scores = tl.where(seen, scores * LOG2E, -float("inf"))
+        scores = tl.where(seen, scores, -float("inf"))
         largest = tl.maximum(maximum, scores)
         shift = tl.where(largest == -float("inf"), 0.0, largest)
-        weights = tl.exp2(scores - shift)
-        decay = tl.exp2(maximum - shift)
+        weights = tl.exp2((scores - shift) * LOG2E)
+        decay = tl.exp2((maximum - shift) * LOG2E)
         summed = summed * decay + weights
         v = load_rows(value, columns, keys, value_s, WIDTH).to(tl.float32)
         attended = attended * decay[:, None] + weights[:, None] * v
         maximum = largest
     overall = tl.max(maximum, 0)
     overall = tl.where(overall == -float("inf"), 0.0, overall)
-    lanes = tl.exp2(maximum - overall)
+    lanes = tl.exp2((maximum - overall) * LOG2E)
     total = tl.sum(summed * lanes, 0)
     result = tl.sum(attended * lanes[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     if head_scale is not None:
@@ -208,32 +214,32 @@ DECODE_CONFIG = Config({"BLOCK_N": 32}, 4, 2)
 
 
 def attention_forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, H, S, d], the same without head scaling, and logsumexp [B, H, S] in float32.
+    """Output [B, H, S, d], the same without head scaling, and the softmax's statistics.
 
-    The unscaled output is empty where there is no head scale: then the output is it.
+    The unscaled output is empty where there is no head scale: then the output is it. Statistics:
+    float32 [2, B, H, S], the largest score of a row and its sum of exponentials.
     """
     batch, heads, queries, width = x.query.shape
     output = x.new_output()
     unscaled = x.new_output() if x.head_scale is not None else output.new_empty(0)
-    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=output.device)
+    statistics = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=output.device)
     config = forward_config(x.max_queries, width, x.query.dtype)
-    blocks = triton.cdiv(x.max_queries, config.blocks["BLOCK_M"])
     launch(
         attention_forward_kernel,
-        (blocks, heads, x.sequences),
+        (triton.cdiv(x.max_queries, config.blocks["BLOCK_M"]), heads, x.sequences),
         config,
         (
             *x.tensors(), x.head_scale, x.padding, x.query_starts, x.key_starts, x.seed,
-            output, unscaled, lse,
+            output, unscaled, statistics[0], statistics[1],
             *x.strides(), *output.stride()[:3],
-            *x.code_strides(), *lse.stride()[:2], x.padding_stride(),
-            heads, queries, x.key.shape[2], x.table_size(), x.scale, x.dropout,
+            *x.code_strides(), *statistics.stride()[1:3], x.padding_stride(),
+            heads, x.first, queries, x.key.shape[2], x.table_size(), x.scale, x.dropout,
         ),
         WIDTH=width,
         CAUSAL=x.causal,
-        PACKED=x.query_starts is not None,
+        PACKED=x.packed,
     )  # fmt: skip
-    return output, unscaled, lse
+    return output, unscaled, statistics
 
 
 def attention_decode(x: Inputs) -> Tensor:

@@ -13,7 +13,7 @@ class Inputs:
     """Checked arguments of an attention (see op.py), as kernels take them.
 
     query, key, value are [B, H, S or T, d]; packed sequences have B = 1 and `query_starts`,
-    `key_starts` int32 [sequences + 1]. Positions and codes have a batch of B or 1.
+    `key_starts` int32 [sequences + 1]. Positions and codes all have a batch of 1, or all of B.
     """
 
     query: Tensor
@@ -34,6 +34,7 @@ class Inputs:
     dropout: float
     max_queries: int
     max_keys: int
+    first: int = 0  # the first sequence's number in the whole batch, for dropout's counters
 
     @property
     def sequences(self) -> int:
@@ -45,16 +46,11 @@ class Inputs:
         return self.query_starts is not None
 
     @property
-    def shared_positions(self) -> bool:
-        """Whether all sequences have the same position terms."""
-        return self.position_query is not None and not self.packed and len(self.position_query) == 1
-
-    @property
-    def shared_codes(self) -> bool:
-        """Whether all sequences have the same codes, hence the same relative bias."""
-        if self.query_codes is None or self.key_codes is None or self.packed:
+    def shared(self) -> bool:
+        """Whether all sequences have the same position terms and codes."""
+        if self.packed:
             return False
-        return len(self.query_codes) == len(self.key_codes) == 1
+        return all(x is None or len(x) == 1 for x in (self.position_query, self.query_codes))
 
     def new_output(self) -> Tensor:
         """[B, H, S, d] in the memory order [B, S, H, d], which the next linear map wants."""
@@ -101,7 +97,7 @@ class Inputs:
             x = getattr(self, name)
             shared = x is None or (name in shareable and x.shape[0] == 1)
             cut[name] = x if shared else x[start:stop]
-        return replace(self, **cut)
+        return replace(self, **cut, first=self.first + start)
 
     def sequence(self, index: int) -> Inputs:
         """One sequence of a packed batch, as an unpacked batch of one."""
@@ -124,6 +120,7 @@ class Inputs:
             key_starts=None,
             max_queries=q1 - q0,
             max_keys=k1 - k0,
+            first=self.first + index,
         )
 
 

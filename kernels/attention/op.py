@@ -102,13 +102,10 @@ def attention(
             query, key, value, position_query, position_key, relative, head_scale,
             key_padding_mask, causal, scale, dropout, seed,
         )[0]  # fmt: skip
-    position_query, position_key = _one_batch(position_query, position_key, query.shape[0])
-    table = query_codes = key_codes = None
-    if relative is not None:
-        table = relative.table
-        query_codes, key_codes = _one_batch(
-            relative.query_codes, relative.key_codes, query.shape[0]
-        )
+    table, query_codes, key_codes = (None, None, None) if relative is None else relative
+    position_query, position_key, query_codes, key_codes = _one_batch(
+        (position_query, position_key, query_codes, key_codes), query.shape[0]
+    )
     tensors = (
         query, key, value, position_query, position_key, table, query_codes, key_codes,
         head_scale, None if key_padding_mask is None else key_padding_mask.view(torch.uint8),
@@ -128,14 +125,11 @@ def attention(
     )[0]  # fmt: skip
 
 
-def _one_batch(
-    query: Tensor | None, key: Tensor | None, batch: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Both as they are where their batches agree, else both expanded to the batch."""
-    if query is None or key is None or query.shape[0] == key.shape[0]:
-        return query, key
-    shape = (batch, *[-1] * (query.ndim - 1))
-    return query.expand(shape), key.expand(shape)
+def _one_batch(tensors: tuple[Tensor | None, ...], batch: int) -> tuple[Tensor | None, ...]:
+    """All as they are where each has a batch of 1, else all expanded to the batch."""
+    if all(x is None or x.shape[0] == 1 for x in tensors):
+        return tensors
+    return tuple(None if x is None else x.expand(batch, *[-1] * (x.ndim - 1)) for x in tensors)
 
 
 @torch.library.custom_op("unival::attention_decode", mutates_args=())
@@ -189,7 +183,7 @@ def _forward(
     deterministic: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, output before head scaling (empty without a head scale), logsumexp [B, H, S]."""
+    """Output, output before head scaling (empty without a head scale), statistics [2, B, H, S]."""
     x = Inputs(
         query, key, value, position_query, position_key, table, query_codes, key_codes,
         head_scale, padding, query_starts, key_starts, seed, scale, causal, dropout,
@@ -204,14 +198,14 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     output = _fake_output(query)
     unscaled = output.new_empty(0) if head_scale is None else _fake_output(query)
     dtype = torch.float32 if backend == "triton" else wide_dtype(query.dtype)
-    return output, unscaled, query.new_empty(query.shape[:3], dtype=dtype)
+    return output, unscaled, query.new_empty(2, *query.shape[:3], dtype=dtype)
 
 
 @torch.library.custom_op("unival::attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     unscaled: Tensor,
-    logsumexp: Tensor,
+    statistics: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -240,9 +234,9 @@ def _backward(
         max_queries, max_keys,
     )  # fmt: skip
     if backend == "triton":
-        found = attention_backward(x, grad, unscaled, logsumexp, deterministic)
+        found = attention_backward(x, grad, unscaled, statistics, deterministic)
     else:
-        found = backward_blocked(x, grad, unscaled, logsumexp)
+        found = backward_blocked(x, grad, unscaled, statistics)
     inputs = (query, key, value, position_query, position_key, table, head_scale)
     return [
         grad.new_empty(0) if like is None else gradient.to(like.dtype)
@@ -251,7 +245,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad: Tensor, unscaled: Tensor, logsumexp: Tensor, *rest: Any) -> list[Tensor]:
+def _(grad: Tensor, unscaled: Tensor, statistics: Tensor, *rest: Any) -> list[Tensor]:
     backend = rest[-1]
     found = []
     for index, like in enumerate((*rest[:6], rest[8])):
@@ -271,21 +265,21 @@ def _fake_output(like: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    y, unscaled, logsumexp = output
+    y, unscaled, statistics = output
     has_scale = inputs[8] is not None
-    ctx.save_for_backward(*inputs[:13], unscaled if has_scale else y, logsumexp)
+    ctx.save_for_backward(*inputs[:13], unscaled if has_scale else y, statistics)
     ctx.options = inputs[13:]
-    ctx.mark_non_differentiable(unscaled, logsumexp)
+    ctx.mark_non_differentiable(unscaled, statistics)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 20
-    *tensors, unscaled, logsumexp = ctx.saved_tensors
+    *tensors, unscaled, statistics = ctx.saved_tensors
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    found = _backward(grad, unscaled, logsumexp, *tensors, *ctx.options)
+    found = _backward(grad, unscaled, statistics, *tensors, *ctx.options)
     q, k, v, pq, pk, table, scale = (
         gradient if needed else None
         for gradient, needed in zip(
@@ -313,7 +307,15 @@ def _forward_flops(query: Any, key: Any, value: Any, position: Any, *_: Any, **_
 
 @register_flop_formula(torch.ops.unival.attention_backward)
 def _backward_flops(
-    grad: Any, o: Any, lse: Any, query: Any, key: Any, value: Any, position: Any, *_: Any, **__: Any
+    grad: Any,
+    o: Any,
+    statistics: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    position: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
     """Scores once more, dp, dv, and dq, dk, dpq, dpk."""
     pairs, products = _pairs_flops(query, key, position)

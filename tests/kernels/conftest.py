@@ -1,13 +1,17 @@
-"""Fixtures of the kernel tests: a device, poisoned memory, seeds."""
+"""Fixtures of the kernel tests: a device, poisoned memory between guards, seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from unival.kernels.triton_tools.launch import interpreted
+
+GUARD = 64  # elements before and after a tensor; keeps 16-byte alignment in every dtype
+CANARY = 77  # in uint8, int32, int64, bool (as 1) and every floating type exact
 
 
 @pytest.fixture(scope="session")
@@ -27,18 +31,49 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def between_guards(values: Tensor, guard: float) -> tuple[Tensor, Tensor]:
+    """A copy of the values, contiguous, inside a larger buffer; and the buffer."""
+    size = values.numel()
+    buffer = torch.full((size + 2 * GUARD,), guard, dtype=values.dtype, device=values.device)
+    view = buffer[GUARD : GUARD + size].view(values.shape)
+    view.copy_(values)
+    return view, buffer
+
+
+@pytest.fixture
+def surrounded() -> Callable[[Tensor], Tensor]:
+    """Put a floating input between NaNs, so that reading beside it shows in the results."""
+    return lambda values: between_guards(values, float("nan"))[0]
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh memory is NaN (integers: a large number), so that unwritten elements show."""
+    """Fresh memory is NaN (integers: a large number), so that unwritten elements show, and lies
+    between guards, so that writing beside it shows at the end of the test."""
+    buffers: list[Tensor] = []
 
-    def poison(make):
-        def poisoned_make(*args, **kwargs):
+    def poison(make: Callable[..., Tensor], zero: bool) -> Callable[..., Tensor]:
+        def guarded_make(*args: object, **kwargs: object) -> Tensor:
             fresh = make(*args, **kwargs)
-            return fresh.fill_(float("nan") if fresh.is_floating_point() else 2**30)
+            if fresh.device.type == "meta" or not fresh.is_contiguous() or fresh.requires_grad:
+                return fresh
+            if not zero:
+                fresh.fill_(float("nan") if fresh.is_floating_point() else 99)
+            view, buffer = between_guards(fresh, CANARY)
+            buffers.append(buffer)
+            return view
 
-        return poisoned_make
+        return guarded_make
 
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+    for name in ("empty", "empty_like", "zeros", "zeros_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, poison(make, name.startswith("zeros")))
+    for name in ("new_empty", "new_zeros"):
+        make = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, poison(make, name == "new_zeros"))
     yield
+    for buffer in buffers:
+        for guard in (buffer[:GUARD], buffer[-GUARD:]):
+            assert (guard == torch.tensor(CANARY, dtype=buffer.dtype)).all(), (
+                "wrote beside a tensor"
+            )
