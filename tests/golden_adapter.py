@@ -104,7 +104,7 @@ def features(model: UnivalForConditionalGeneration, case: dict, inputs: dict) ->
     encoder = model.encoder
     result: dict[str, Any] = {}
     raw_map = getattr(encoder, f"{medium}_encoder")(values)
-    raw, positions = encoder.media_features(medium, values)
+    raw, positions, _ = encoder.media_features(medium, values)
     # OFA's recording stops before the projection.
     projected = raw if case["model"] == "ofa" else getattr(encoder, f"{medium}_proj")(raw)
     if medium == "audio":

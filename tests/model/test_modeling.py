@@ -159,7 +159,7 @@ def test_saved_model_gives_the_same_bits(model, tmp_path):
 def test_random_patches_keep_their_own_positions(model):
     """With as many patches as there are, a random order only permutes the medium's tokens."""
     pixels = torch.randn(2, 3, 96, 96)
-    features, positions = model.encoder.media_features("image", pixels)
+    features, positions, _ = model.encoder.media_features("image", pixels)
     model.config.sample_patch_num = 8
     try:
         kept, ids = model.encoder.sample_patches(features, positions)

@@ -31,6 +31,8 @@ class UnivalConfig(PreTrainedConfig):
         hop_size: STFT hop in samples. Released audio runs: 200.
         audio_dropout: after each pooled block of the audio encoder, in training.
         spec_augment: hide stripes of the spectrogram in training.
+        attention_backend: auto, triton, sdpa, flash_attn or eager (unival.kernels.attention.op).
+        kernel_backend: of norms and loss: auto, triton or torch.
     """
 
     model_type = "unival"
@@ -72,6 +74,8 @@ class UnivalConfig(PreTrainedConfig):
         audio_dropout: float = 0.2,
         spec_augment: bool = True,
         initializer_range: float = 0.02,
+        attention_backend: str = "auto",
+        kernel_backend: str = "auto",
         **kwargs: Any,
     ) -> None:
         if d_model % num_heads:
@@ -107,6 +111,8 @@ class UnivalConfig(PreTrainedConfig):
         self.audio_dropout = audio_dropout
         self.spec_augment = spec_augment
         self.initializer_range = initializer_range
+        self.attention_backend = attention_backend
+        self.kernel_backend = kernel_backend
         kwargs.setdefault("bos_token_id", 0)
         kwargs.setdefault("pad_token_id", 1)
         kwargs.setdefault("eos_token_id", 2)

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
-from unival.kernels.attention.reference import RelativeBlock
+from unival.kernels.attention.relative import RelativeBias, RelativeLayout
 from unival.model.configuration import UnivalConfig
 from unival.model.encoder import EncoderOutput, RelativeTables, position_projection
-from unival.model.positions import code_positions
-from unival.model.transformer import DecoderLayer, PositionTerms, score_scale
+from unival.model.positions import code_positions, grid_cells
+from unival.model.transformer import DecoderLayer, PositionTerms
 
 
 @dataclass
@@ -83,26 +83,27 @@ class Decoder(nn.Module):
             return codes
         return torch.where(code_mask[:, None, None], codes, self.text_terms(total, device))
 
-    def relative_blocks(
+    def relative_biases(
         self, past: int, total: int, code_mask: Tensor | None, device: torch.device
-    ) -> list[list[RelativeBlock]]:
+    ) -> list[RelativeBias]:
         """Per layer, the bias of queries past..total against keys 0..total."""
-        index = torch.arange(total, device=device)
-        patterns, rows = [], None
-        if code_mask is None or not bool(code_mask.all()):
-            indices = self.relative.text_indices(index[past:], index)
-            patterns.append((self.relative.text, indices))
-        if code_mask is not None:
-            codes = self.code_ids(total, device)
-            indices = self.relative.grid_indices(codes[past:], codes)
-            patterns.append((self.relative.image, indices))
-        if len(patterns) == 2:
-            rows = code_mask.long()
-        blocks = []
-        for layer in range(len(self.layers)):
-            bias = [RelativeTables.bias(tables[layer], indices) for tables, indices in patterns]
-            blocks.append([RelativeBlock(0, torch.cat(bias), rows)])
-        return blocks
+        if code_mask is None:
+            layout = RelativeLayout(total)
+            query, key = (x[None] for x in layout.text_codes(torch.arange(total, device=device)))
+        else:
+            ids = self.code_ids(total, device)
+            side = self.config.code_image_size // 8
+            if total > side * side + 1:  # places behind the image share a cell outside it
+                side = self.config.image_bucket_size
+            layout = RelativeLayout(total, side, side, start_slot=True)
+            text = layout.text_codes(torch.arange(total, device=device))
+            codes = layout.grid_codes(*grid_cells(ids, self.config.image_bucket_size), ids == 0)
+            query, key = (
+                torch.where(code_mask[:, None], code, word)
+                for code, word in zip(codes, text, strict=True)
+            )
+        query = query[:, past:]
+        return [RelativeBias(table, query, key) for table in self.relative.tables(layout)]
 
     def cross_key(self, encoder: EncoderOutput, cache: Cache | None) -> Tensor:
         """The encoder's side of the cross-attention positions, projected once a sequence.
@@ -141,28 +142,29 @@ class Decoder(nn.Module):
         past = 0 if cache is None else cache.get_seq_length()
         total = past + embedded.shape[1]
         positions = self.position_embeddings(total, code_mask, device)
-        query, scale = positions[:, past:], score_scale(self.config)
+        query = positions[:, past:]
         self_terms = PositionTerms(
-            position_projection(self.self_position_query, query, self.config) * scale,
+            position_projection(self.self_position_query, query, self.config),
             position_projection(self.self_position_key, positions, self.config),
         )
         cross_terms = PositionTerms(
-            position_projection(self.cross_position_query, query, self.config) * scale,
+            position_projection(self.cross_position_query, query, self.config),
             self.cross_key(encoder, cache),
         )
         x = self.embed(embedded, code_mask)
         states, attentions = [x], []
-        relative = self.relative_blocks(past, total, code_mask, device)
-        for layer, blocks in zip(self.layers, relative, strict=True):
+        relative = self.relative_biases(past, total, code_mask, device)
+        for layer, bias in zip(self.layers, relative, strict=True):
             x, probabilities = layer(
                 x,
                 self_terms,
-                blocks,
+                bias,
                 padding_mask,
                 encoder.last_hidden_state,
                 cross_terms,
                 encoder.padding_mask,
                 cache,
+                output_attentions,
             )
             if output_hidden_states:
                 states.append(x)

@@ -5,25 +5,27 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import ModelOutput
 
-from unival.kernels.attention.reference import RelativeBlock
+from unival.kernels.attention.relative import RelativeBias, RelativeLayout
 from unival.model.audio_encoder import AudioEncoder
 from unival.model.configuration import UnivalConfig
 from unival.model.image_encoder import ImageEncoder
 from unival.model.positions import (
     audio_positions,
-    grid_buckets,
+    audio_side,
+    grid_cells,
     image_positions,
     num_grid_buckets,
     text_buckets,
     video_positions,
 )
-from unival.model.transformer import EncoderLayer, PositionTerms, score_scale, split_heads
+from unival.model.transformer import EncoderLayer, PositionTerms, split_heads
 from unival.model.video_encoder import VideoEncoder
 
 TEXT, MEDIUM = 0, 1  # rows of the type embedding
@@ -44,6 +46,19 @@ class EncoderOutput(ModelOutput):
     padding_mask: Tensor | None = None
     position_embeddings: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+class MediaFeatures(NamedTuple):
+    """What the encoder of a medium gives.
+
+    features   [R, N, C]
+    positions  grid position ids int64 [N]
+    extent     rows and columns of the grid that the ids lie in
+    """
+
+    features: Tensor
+    positions: Tensor
+    extent: tuple[int, int]
 
 
 def one_row(x: Tensor) -> Tensor:
@@ -73,19 +88,25 @@ class RelativeTables(nn.Module):
             "text_bucket", text_buckets(config.token_bucket_size, config.max_text_positions)
         )
 
-    def text_indices(self, query: Tensor, key: Tensor) -> Tensor:
-        """Buckets [S, T] of text positions [S] and [T]."""
-        return self.text_bucket[query[:, None] - key[None, :] + self.max_positions - 1]
-
-    def grid_indices(self, query: Tensor, key: Tensor) -> Tensor:
-        """Buckets [..., S, T] of grid position ids [..., S] and [..., T]."""
-        return grid_buckets(query, key, self.grid)
-
-    @staticmethod
-    def bias(table: nn.Module, indices: Tensor) -> Tensor:
-        """[S, T] or [P, S, T] buckets to [P, H, S, T]."""
-        found = table(indices).movedim(-1, -3)
-        return found if found.ndim == 4 else found.unsqueeze(0)
+    def tables(self, layout: RelativeLayout) -> list[Tensor]:
+        """Per layer, the biases by offset [H, L] in the order of a layout."""
+        device = self.text_bucket.device
+        text = self.text_bucket[layout.text_offsets(device) + self.max_positions - 1]
+        side = 2 * self.grid - 1
+        grid = slot = None
+        if layout.rows:
+            row, column = layout.grid_offsets(device)
+            grid = side * (row + self.grid - 1) + column + self.grid - 1
+        if layout.start_slot:
+            slot = torch.arange(side * side, side * side + 3, device=device)
+        return [
+            layout.table(
+                text_table(text),
+                None if grid is None else image_table(grid),
+                None if slot is None else image_table(slot),
+            )
+            for text_table, image_table in zip(self.text, self.image, strict=True)
+        ]
 
 
 class Encoder(nn.Module):
@@ -135,15 +156,12 @@ class Encoder(nn.Module):
             self.add_module(f"{name}_proj", nn.Linear(encoder.out_channels, config.d_model))
             self.add_module(f"{name}_positions", nn.Embedding(cells, config.d_model))
 
-    def media_features(self, medium: str, values: Tensor) -> tuple[Tensor, Tensor]:
+    def media_features(self, medium: str, values: Tensor) -> MediaFeatures:
         """Encode one medium.
 
         Args:
             medium: image, video or audio.
             values: [R, 3, h, w], [R, 3, F, h, w] or [R, L].
-
-        Returns:
-            features [R, N, C] and grid position ids int64 [N].
 
         Raises:
             ValueError: the model has no encoder for the medium.
@@ -156,13 +174,16 @@ class Encoder(nn.Module):
             )
         features = encoder(values)
         grid, device = self.config.image_bucket_size, features.device
+        extent = (features.shape[-2], features.shape[-1])
         if medium == "image":
-            positions = image_positions(*features.shape[-2:], grid, device)
+            positions = image_positions(*extent, grid, device)
         elif medium == "video":
-            positions = video_positions(*features.shape[-3:], grid, device)
+            positions = video_positions(features.shape[-3], *extent, grid, device)
         else:
-            positions = audio_positions(features[0, 0].numel(), grid, device)
-        return features.flatten(2).transpose(1, 2), positions
+            tokens = features[0, 0].numel()
+            positions = audio_positions(tokens, grid, device)
+            extent = (audio_side(tokens), audio_side(tokens))
+        return MediaFeatures(features.flatten(2).transpose(1, 2), positions, extent)
 
     def sample_patches(self, features: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keep a random subset of tokens in random order: [R, n, C] and position ids [R, n].
@@ -179,38 +200,38 @@ class Encoder(nn.Module):
 
     def embed_medium(
         self, medium: str, values: Tensor, media_index: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [B, N, D] of a medium and grid position ids [N], or [B, N] for random subsets."""
-        features, positions = self.media_features(medium, values)
+    ) -> MediaFeatures:
+        """Tokens [B, N, D] of a medium; grid position ids are [B, N] for random subsets."""
+        features, positions, extent = self.media_features(medium, values)
         count = self.config.sample_patch_num
         if media_index is not None:
             features = features[media_index]
         if count is not None and count < features.shape[1]:
             features, positions = self.sample_patches(features, positions)
         tokens = getattr(self, f"{medium}_proj")(features) + self.type_embedding.weight[MEDIUM]
-        return F.dropout(self.patch_norm(tokens), self.config.dropout, self.training), positions
+        tokens = F.dropout(self.patch_norm(tokens), self.config.dropout, self.training)
+        return MediaFeatures(tokens, positions, extent)
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """[B, T] ids to [B, T, D]. Positions are not added: they act through the scores only."""
         tokens = self.embed_tokens(input_ids) + self.type_embedding.weight[TEXT]
         return F.dropout(self.token_norm(tokens), self.config.dropout, self.training)
 
-    def relative_blocks(self, text: Tensor, grid: Tensor | None) -> list[list[RelativeBlock]]:
+    def relative_biases(self, text: int, media: MediaFeatures | None) -> list[RelativeBias]:
         """Per layer, the biases of text against text and of medium against medium."""
-        start = 0 if grid is None else grid.shape[-1]
-        indices = self.relative.text_indices(text, text)
-        grid_indices = None if grid is None else self.relative.grid_indices(grid, grid)
-        rows = None
-        if grid is not None and grid.ndim == 2:
-            rows = torch.arange(grid.shape[0], device=grid.device)
-        blocks = []
-        for text_table, image_table in zip(self.relative.text, self.relative.image, strict=True):
-            layer = [RelativeBlock(start, RelativeTables.bias(text_table, indices))]
-            if grid_indices is not None:
-                bias = RelativeTables.bias(image_table, grid_indices)
-                layer.append(RelativeBlock(0, bias, rows))
-            blocks.append(layer)
-        return blocks
+        rows, columns = (0, 0) if media is None else media.extent
+        layout = RelativeLayout(text, rows, columns)
+        device = self.relative.text_bucket.device
+        query, key = (x[None] for x in layout.text_codes(torch.arange(text, device=device)))
+        if media is not None:
+            cells = grid_cells(media.positions, self.config.image_bucket_size)
+            grid = [x if x.ndim == 2 else x[None] for x in layout.grid_codes(*cells)]
+            batch = grid[0].shape[0]
+            query, key = (
+                torch.cat([medium, words.expand(batch, -1)], dim=1)
+                for medium, words in zip(grid, (query, key), strict=True)
+            )
+        return [RelativeBias(table, query, key) for table in self.relative.tables(layout)]
 
     def forward(
         self,
@@ -237,14 +258,15 @@ class Encoder(nn.Module):
         padding = (
             input_ids == self.config.pad_token_id if attention_mask is None else attention_mask == 0
         )
-        x, grid = self.embed_text(input_ids), None
+        x, embedded = self.embed_text(input_ids), None
         media = {"image": pixel_values, "video": video_values, "audio": audio_values}
         given = [name for name, values in media.items() if values is not None]
         if len(given) > 1:
             raise ValueError(f"one medium a batch: got {' and '.join(given)}")
         if given:
             medium = given[0]
-            tokens, grid = self.embed_medium(medium, media[medium], media_index)
+            embedded = self.embed_medium(medium, media[medium], media_index)
+            tokens, grid, _ = embedded
             if tokens.shape[0] != batch:
                 raise ValueError(
                     f"{tokens.shape[0]} rows of {medium} for {batch} rows of input_ids; "
@@ -260,13 +282,13 @@ class Encoder(nn.Module):
             padding = torch.cat([absent, padding], dim=1)
         x = x.masked_fill(padding[..., None], 0.0)
         terms = PositionTerms(
-            position_projection(self.position_query, positions, self.config)
-            * score_scale(self.config),
+            position_projection(self.position_query, positions, self.config),
             position_projection(self.position_key, positions, self.config),
         )
         states: Sequence[Tensor] = [x]
-        for layer, blocks in zip(self.layers, self.relative_blocks(text, grid), strict=True):
-            x = layer(x, terms, blocks, padding)
+        biases = self.relative_biases(length, embedded)
+        for layer, bias in zip(self.layers, biases, strict=True):
+            x = layer(x, terms, bias, padding)
             if output_hidden_states:
                 states = [*states, x]
         return EncoderOutput(

@@ -45,8 +45,8 @@ def grid_buckets(query: Tensor, key: Tensor, grid: int) -> Tensor:
     """
     side = 2 * grid - 1
     q, k = query.unsqueeze(-1), key.unsqueeze(-2)
-    dy = (q - 1).div(grid, rounding_mode="floor") - (k - 1).div(grid, rounding_mode="floor")
-    dx = (q - 1).remainder(grid) - (k - 1).remainder(grid)
+    (query_row, query_column), (key_row, key_column) = grid_cells(q, grid), grid_cells(k, grid)
+    dy, dx = query_row - key_row, query_column - key_column
     bucket = side * (dy + grid - 1) + dx + grid - 1
     bos = side * side
     bucket = torch.where(q == 0, bos, bucket)
@@ -73,16 +73,26 @@ def video_positions(
     return image_positions(height, width, grid, device).repeat(frames)
 
 
+def audio_side(tokens: int) -> int:
+    """Side of the square that audio tokens are folded into."""
+    return math.ceil(math.sqrt(tokens))
+
+
 def audio_positions(tokens: int, grid: int, device: torch.device) -> Tensor:
     """Grid position ids of audio tokens, folded into a square in reading order.
 
     The fold has nothing to do with time and frequency; the released model was trained with it.
     """
-    side = math.ceil(math.sqrt(tokens))
+    side = audio_side(tokens)
     if side > grid:
         raise ValueError(f"{tokens} audio tokens do not fit the {grid} x {grid} position grid")
     index = torch.arange(tokens, device=device)
     return grid * index.div(side, rounding_mode="floor") + index.remainder(side) + 1
+
+
+def grid_cells(ids: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """Row and column of grid position ids; id 0, the start slot, gives row -1."""
+    return (ids - 1).div(grid, rounding_mode="floor"), (ids - 1).remainder(grid)
 
 
 def code_positions(length: int, code_image_size: int, grid: int, device: torch.device) -> Tensor:

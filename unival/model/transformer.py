@@ -5,7 +5,6 @@ Shapes: B batch, S queries, T keys, D width, H heads, d = D / H.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from unival.kernels.attention.reference import RelativeBlock, attention_reference
+from unival.kernels.attention.op import attention
+from unival.kernels.attention.reference import attention_reference
+from unival.kernels.attention.relative import RelativeBias
 from unival.model.configuration import UnivalConfig
 
 
 class PositionTerms(NamedTuple):
     """The untied absolute position part of the scores, shared by all layers of a stack.
 
-    query  [B or 1, H, S, d], scaled
+    query  [B or 1, H, S, d], not yet scaled
     key    [B or 1, H, T, d]
     """
 
@@ -54,6 +55,7 @@ class Attention(nn.Module):
         width = config.d_model
         self.num_heads = config.num_heads
         self.scaling = score_scale(config)
+        self.backend = config.attention_backend
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -70,23 +72,45 @@ class Attention(nn.Module):
         x: Tensor,
         keys_values: tuple[Tensor, Tensor],
         positions: PositionTerms,
-        relative: Sequence[RelativeBlock] = (),
+        relative: RelativeBias | None = None,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """[B, S, D] to the attended [B, S, D] and the probabilities [B, H, S, T]."""
-        query = split_heads(self.q_proj(x) * self.scaling, self.num_heads)
-        output, probabilities = attention_reference(
+    ) -> Tensor:
+        """[B, S, D] to the attended [B, S, D]."""
+        key, value = keys_values
+        output = attention(
+            split_heads(self.q_proj(x), self.num_heads),
+            key,
+            value,
+            position_query=positions.query,
+            position_key=positions.key,
+            relative=relative,
+            head_scale=self.head_scale,
+            key_padding_mask=key_padding_mask,
+            causal=causal,
+            scale=self.scaling,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            backend=self.backend,
+        )
+        return self.out_proj(output.transpose(1, 2).flatten(2))
+
+    def probabilities(
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        positions: PositionTerms,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B, H, S, T], for those who want to look at them: no kernel makes them."""
+        query = split_heads(self.q_proj(x), self.num_heads)
+        return attention_reference(
             query,
             *keys_values,
             positions.query,
             positions.key,
-            relative,
-            self.head_scale,
-            key_padding_mask,
-            causal,
-        )
-        return self.out_proj(output.transpose(1, 2).flatten(2)), probabilities
+            key_padding_mask=key_padding_mask,
+            scale=self.scaling,
+        )[1]
 
 
 class FeedForward(nn.Module):
@@ -131,12 +155,12 @@ class EncoderLayer(nn.Module):
         self,
         x: Tensor,
         positions: PositionTerms,
-        relative: Sequence[RelativeBlock],
+        relative: RelativeBias,
         padding_mask: Tensor | None,
     ) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         y = self.self_attn_norm(x)
-        y, _ = self.self_attn(y, self.self_attn.project_keys(y), positions, relative, padding_mask)
+        y = self.self_attn(y, self.self_attn.project_keys(y), positions, relative, padding_mask)
         x = x + self.branch(self.self_attn_post_norm(y))
         return self.ffn.residual(x) + self.branch(self.ffn(self.ffn_norm(x)))
 
@@ -155,28 +179,30 @@ class DecoderLayer(EncoderLayer):
         self,
         x: Tensor,
         positions: PositionTerms,
-        relative: Sequence[RelativeBlock],
+        relative: RelativeBias,
         padding_mask: Tensor | None,
         encoder_states: Tensor,
         cross_positions: PositionTerms,
         encoder_padding_mask: Tensor | None,
         cache: Cache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """[B, S, D] to [B, S, D] and the cross-attention probabilities [B, H, S, T]."""
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] to [B, S, D] and, where asked for, cross-attention probabilities."""
         y = self.self_attn_norm(x)
         keys_values = self.self_attn.project_keys(y)
         if cache is not None:
             keys_values = cache.self_attention_cache.update(*keys_values, self.index)
-        y, _ = self.self_attn(y, keys_values, positions, relative, padding_mask, causal=True)
+        y = self.self_attn(y, keys_values, positions, relative, padding_mask, causal=True)
         x = x + self.branch(self.self_attn_post_norm(y))
 
         y = self.cross_attn_norm(x)
-        y, probabilities = self.cross_attn(
-            y,
-            self.cross_keys_values(encoder_states, cache),
-            cross_positions,
-            key_padding_mask=encoder_padding_mask,
-        )
+        keys_values = self.cross_keys_values(encoder_states, cache)
+        probabilities = None
+        if output_attentions:
+            probabilities = self.cross_attn.probabilities(
+                y, keys_values, cross_positions, encoder_padding_mask
+            )
+        y = self.cross_attn(y, keys_values, cross_positions, key_padding_mask=encoder_padding_mask)
         x = x + self.branch(self.cross_attn_post_norm(y))
         return self.ffn.residual(x) + self.branch(self.ffn(self.ffn_norm(x))), probabilities
 
