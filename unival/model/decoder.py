@@ -13,8 +13,9 @@ from transformers.modeling_outputs import ModelOutput
 from unival.kernels.attention.relative import RelativeBias, RelativeLayout
 from unival.model.configuration import UnivalConfig
 from unival.model.encoder import EncoderOutput, RelativeTables, position_projection
+from unival.model.norm import LayerNorm
 from unival.model.positions import code_positions, grid_cells
-from unival.model.transformer import DecoderLayer, PositionTerms
+from unival.model.transformer import DecoderLayer, PositionTerms, next_norms
 
 
 @dataclass
@@ -34,12 +35,12 @@ class Decoder(nn.Module):
         super().__init__()
         width = config.d_model
         self.config = config
-        self.token_norm = nn.LayerNorm(width)
-        self.code_norm = nn.LayerNorm(width)
+        self.token_norm = LayerNorm(width, config)
+        self.code_norm = LayerNorm(width, config)
         self.text_positions = nn.Embedding(config.num_text_positions, width)
         self.image_positions = nn.Embedding(config.image_bucket_size**2 + 1, width)
-        self.text_position_norm = nn.LayerNorm(width)
-        self.grid_position_norm = nn.LayerNorm(width)
+        self.text_position_norm = LayerNorm(width, config)
+        self.grid_position_norm = LayerNorm(width, config)
         self.self_position_query = nn.Linear(width, width)
         self.self_position_key = nn.Linear(width, width)
         self.cross_position_query = nn.Linear(width, width)
@@ -49,7 +50,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, rate.item(), index) for index, rate in enumerate(rates)
         )
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width, config)
 
     def embed(self, embedded: Tensor, code_mask: Tensor | None) -> Tensor:
         """Norm token embeddings [B, U, D]; rows of image codes have their own norm."""
@@ -153,10 +154,17 @@ class Decoder(nn.Module):
         )
         x = self.embed(embedded, code_mask)
         states, attentions = [x], []
-        relative = self.relative_biases(past, total, code_mask, device)
-        for layer, bias in zip(self.layers, relative, strict=True):
-            x, probabilities = layer(
+        normed = self.layers[0].self_attn_norm(x)
+        for layer, bias, norm in zip(
+            self.layers,
+            self.relative_biases(past, total, code_mask, device),
+            next_norms(self.layers, self.norm),
+            strict=True,
+        ):
+            x, normed, probabilities = layer(
                 x,
+                normed,
+                norm,
                 self_terms,
                 bias,
                 padding_mask,
@@ -171,7 +179,7 @@ class Decoder(nn.Module):
             if output_attentions:
                 attentions.append(probabilities)
         return DecoderOutput(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=normed,
             hidden_states=tuple(states) if output_hidden_states else None,
             cross_attentions=tuple(attentions) if output_attentions else None,
         )

@@ -16,6 +16,7 @@ from unival.kernels.attention.relative import RelativeBias, RelativeLayout
 from unival.model.audio_encoder import AudioEncoder
 from unival.model.configuration import UnivalConfig
 from unival.model.image_encoder import ImageEncoder
+from unival.model.norm import LayerNorm
 from unival.model.positions import (
     audio_positions,
     audio_side,
@@ -25,7 +26,7 @@ from unival.model.positions import (
     text_buckets,
     video_positions,
 )
-from unival.model.transformer import EncoderLayer, PositionTerms, split_heads
+from unival.model.transformer import EncoderLayer, PositionTerms, next_norms, split_heads
 from unival.model.video_encoder import VideoEncoder
 
 TEXT, MEDIUM = 0, 1  # rows of the type embedding
@@ -120,18 +121,18 @@ class Encoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.type_embedding = nn.Embedding(2, width)
-        self.token_norm = nn.LayerNorm(width)
-        self.patch_norm = nn.LayerNorm(width)
+        self.token_norm = LayerNorm(width, config)
+        self.patch_norm = LayerNorm(width, config)
         self.text_positions = nn.Embedding(config.num_text_positions, width)
-        self.text_position_norm = nn.LayerNorm(width)
-        self.grid_position_norm = nn.LayerNorm(width)
+        self.text_position_norm = LayerNorm(width, config)
+        self.grid_position_norm = LayerNorm(width, config)
         self.position_query = nn.Linear(width, width)
         self.position_key = nn.Linear(width, width)
         self._add_media_encoders(config)
         self.relative = RelativeTables(config, config.encoder_layers)
         rates = torch.linspace(0.0, config.encoder_drop_path, config.encoder_layers, device="cpu")
         self.layers = nn.ModuleList(EncoderLayer(config, rate.item()) for rate in rates)
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width, config)
 
     def _add_media_encoders(self, config: UnivalConfig) -> None:
         cells = config.image_bucket_size**2 + 1
@@ -286,13 +287,18 @@ class Encoder(nn.Module):
             position_projection(self.position_key, positions, self.config),
         )
         states: Sequence[Tensor] = [x]
-        biases = self.relative_biases(length, embedded)
-        for layer, bias in zip(self.layers, biases, strict=True):
-            x = layer(x, terms, bias, padding)
+        normed = self.layers[0].self_attn_norm(x)
+        for layer, bias, norm in zip(
+            self.layers,
+            self.relative_biases(length, embedded),
+            next_norms(self.layers, self.norm),
+            strict=True,
+        ):
+            x, normed = layer(x, normed, norm, terms, bias, padding)
             if output_hidden_states:
                 states = [*states, x]
         return EncoderOutput(
-            last_hidden_state=self.norm(x),
+            last_hidden_state=normed,
             padding_mask=padding,
             position_embeddings=positions.expand(batch, -1, -1),
             hidden_states=tuple(states) if output_hidden_states else None,

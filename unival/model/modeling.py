@@ -67,7 +67,7 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d | nn.BatchNorm3d):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-            if module.__class__ is not nn.LayerNorm:
+            if not isinstance(module, nn.LayerNorm):
                 init.zeros_(module.running_mean)
                 init.ones_(module.running_var)
                 init.zeros_(module.num_batches_tracked)

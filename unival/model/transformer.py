@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from unival.kernels.attention.op import attention
 from unival.kernels.attention.reference import attention_reference
 from unival.kernels.attention.relative import RelativeBias
 from unival.model.configuration import UnivalConfig
+from unival.model.norm import LayerNorm
 
 
 class PositionTerms(NamedTuple):
@@ -37,14 +37,6 @@ def score_scale(config: UnivalConfig) -> float:
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """[B, S, D] to [B, H, S, d]."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: drop the whole branch of a sample, scale the survivors."""
-    if not training or rate == 0.0:
-        return x
-    keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1.0 - rate)
-    return x * keep / (1.0 - rate)
 
 
 class Attention(nn.Module):
@@ -119,50 +111,55 @@ class FeedForward(nn.Module):
     def __init__(self, config: UnivalConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
-        self.norm = nn.LayerNorm(config.ffn_dim)
+        self.norm = LayerNorm(config.ffn_dim, config)
         self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
         self.residual_scale = (
             nn.Parameter(torch.ones(config.d_model)) if config.scale_resids else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.norm(F.gelu(self.fc1(x))))
+        return self.fc2(self.norm.of_gelu(self.fc1(x)))
 
     def residual(self, x: Tensor) -> Tensor:
         return x if self.residual_scale is None else self.residual_scale * x
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward, each normed before and after."""
+    """Self-attention and feed-forward, each normed before and after.
+
+    A layer gets its input and the norm of it, and gives its output and the norm of that which comes
+    next, so that every residual sum is made in one pass with the norm over it.
+    """
 
     def __init__(self, config: UnivalConfig, drop_path_rate: float) -> None:
         super().__init__()
-        self.self_attn_norm = nn.LayerNorm(config.d_model)
+        self.self_attn_norm = LayerNorm(config.d_model, config)
         self.self_attn = Attention(config)
-        self.self_attn_post_norm = nn.LayerNorm(config.d_model)
-        self.ffn_norm = nn.LayerNorm(config.d_model)
+        self.self_attn_post_norm = LayerNorm(config.d_model, config)
+        self.ffn_norm = LayerNorm(config.d_model, config)
         self.ffn = FeedForward(config)
         self.dropout = config.dropout
         self.drop_path_rate = drop_path_rate
 
-    def branch(self, x: Tensor) -> Tensor:
-        """Dropout and stochastic depth of a residual branch."""
-        return drop_path(
-            F.dropout(x, self.dropout, self.training), self.drop_path_rate, self.training
-        )
+    def add(self, x: Tensor, branch: Tensor, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+        """x plus a residual branch under dropout and stochastic depth, and the norm of the sum."""
+        return norm.of_sum(x, branch, self.dropout, self.drop_path_rate)
 
     def forward(
         self,
         x: Tensor,
+        normed: Tensor,
+        next_norm: LayerNorm,
         positions: PositionTerms,
         relative: RelativeBias,
         padding_mask: Tensor | None,
-    ) -> Tensor:
-        """[B, S, D] to [B, S, D]."""
-        y = self.self_attn_norm(x)
-        y = self.self_attn(y, self.self_attn.project_keys(y), positions, relative, padding_mask)
-        x = x + self.branch(self.self_attn_post_norm(y))
-        return self.ffn.residual(x) + self.branch(self.ffn(self.ffn_norm(x)))
+    ) -> tuple[Tensor, Tensor]:
+        """[B, S, D] and self_attn_norm of it to [B, S, D] and next_norm of it."""
+        y = self.self_attn(
+            normed, self.self_attn.project_keys(normed), positions, relative, padding_mask
+        )
+        x, normed = self.add(x, self.self_attn_post_norm(y), self.ffn_norm)
+        return self.add(self.ffn.residual(x), self.ffn(normed), next_norm)
 
 
 class DecoderLayer(EncoderLayer):
@@ -171,13 +168,15 @@ class DecoderLayer(EncoderLayer):
     def __init__(self, config: UnivalConfig, drop_path_rate: float, index: int) -> None:
         super().__init__(config, drop_path_rate)
         self.index = index
-        self.cross_attn_norm = nn.LayerNorm(config.d_model)
+        self.cross_attn_norm = LayerNorm(config.d_model, config)
         self.cross_attn = Attention(config)
-        self.cross_attn_post_norm = nn.LayerNorm(config.d_model)
+        self.cross_attn_post_norm = LayerNorm(config.d_model, config)
 
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
+        normed: Tensor,
+        next_norm: LayerNorm,
         positions: PositionTerms,
         relative: RelativeBias,
         padding_mask: Tensor | None,
@@ -186,25 +185,26 @@ class DecoderLayer(EncoderLayer):
         encoder_padding_mask: Tensor | None,
         cache: Cache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, S, D] to [B, S, D] and, where asked for, cross-attention probabilities."""
-        y = self.self_attn_norm(x)
-        keys_values = self.self_attn.project_keys(y)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As EncoderLayer's; and, where asked for, cross-attention probabilities [B, H, S, T]."""
+        keys_values = self.self_attn.project_keys(normed)
         if cache is not None:
             keys_values = cache.self_attention_cache.update(*keys_values, self.index)
-        y = self.self_attn(y, keys_values, positions, relative, padding_mask, causal=True)
-        x = x + self.branch(self.self_attn_post_norm(y))
+        y = self.self_attn(normed, keys_values, positions, relative, padding_mask, causal=True)
+        x, normed = self.add(x, self.self_attn_post_norm(y), self.cross_attn_norm)
 
-        y = self.cross_attn_norm(x)
         keys_values = self.cross_keys_values(encoder_states, cache)
         probabilities = None
         if output_attentions:
             probabilities = self.cross_attn.probabilities(
-                y, keys_values, cross_positions, encoder_padding_mask
+                normed, keys_values, cross_positions, encoder_padding_mask
             )
-        y = self.cross_attn(y, keys_values, cross_positions, key_padding_mask=encoder_padding_mask)
-        x = x + self.branch(self.cross_attn_post_norm(y))
-        return self.ffn.residual(x) + self.branch(self.ffn(self.ffn_norm(x))), probabilities
+        y = self.cross_attn(
+            normed, keys_values, cross_positions, key_padding_mask=encoder_padding_mask
+        )
+        x, normed = self.add(x, self.cross_attn_post_norm(y), self.ffn_norm)
+        x, normed = self.add(self.ffn.residual(x), self.ffn(normed), next_norm)
+        return x, normed, probabilities
 
     def cross_keys_values(
         self, encoder_states: Tensor, cache: Cache | None
@@ -218,3 +218,8 @@ class DecoderLayer(EncoderLayer):
             cache.is_updated[self.index] = True
         layer = cache.cross_attention_cache.layers[self.index]
         return layer.keys, layer.values
+
+
+def next_norms(layers: nn.ModuleList, last: LayerNorm) -> list[LayerNorm]:
+    """The norm that follows each layer of a stack: the next layer's first, then the stack's own."""
+    return [*(layer.self_attn_norm for layer in list(layers)[1:]), last]
