@@ -7,6 +7,8 @@ import logging
 
 import torch
 
+from unival.kernels.triton_tools import launch
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,14 +27,11 @@ def resolve_backend(op: str, backend: str, device: torch.device, known: tuple[st
         return chosen
     if backend not in known:
         raise ValueError(f"{op}: backend={backend!r}; known: auto, {', '.join(known)}")
-    if backend == "triton" and device.type != "cuda":
-        from unival.kernels.triton_tools.launch import interpreted
-
-        if not interpreted():
-            raise ValueError(
-                f"{op}: backend='triton' with tensors on {device.type}: Triton's kernels need an "
-                "NVIDIA GPU, or TRITON_INTERPRET=1 in the environment before Python starts"
-            )
+    if backend == "triton" and device.type != "cuda" and not launch.INTERPRETED:
+        raise ValueError(
+            f"{op}: backend='triton' with tensors on {device.type}: Triton's kernels need an "
+            "NVIDIA GPU, or TRITON_INTERPRET=1 in the environment before Python starts"
+        )
     return backend
 
 

@@ -14,6 +14,7 @@ from unival.kernels.attention.backward_kernels import (
     attention_queries_kernel,
     attention_rowdot_kernel,
 )
+from unival.kernels.attention.forward import exact_config
 from unival.kernels.attention.inputs import Gradients, Inputs
 from unival.kernels.triton_tools.launch import Config, launch, multiprocessors
 
@@ -26,19 +27,22 @@ MAX_GROUP = 8  # sequences that share positions and are summed before positions 
 def content_config(width: int, dtype: torch.dtype) -> dict[str, Config]:
     """Blocks of the kernels that own keys ("BLOCK_N") and queries ("BLOCK_M")."""
     if dtype == torch.float32:
-        both = Config({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
-        return {"BLOCK_N": both, "BLOCK_M": both}
-    return {
-        "BLOCK_N": Config({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 1),
-        "BLOCK_M": Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1),
-    }
+        both = exact_config(width)
+    elif width > 64:
+        both = Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
+    else:
+        return {
+            "BLOCK_N": Config({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 1),
+            "BLOCK_M": Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1),
+        }
+    return {"BLOCK_N": both, "BLOCK_M": both}
 
 
 def bias_config(width: int, dtype: torch.dtype) -> Config:
     """Blocks of the kernel of positions and table."""
     if dtype == torch.float32:
-        return Config({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
-    return Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1)
+        return exact_config(width)
+    return Config({"BLOCK_M": 64 if width <= 64 else 32, "BLOCK_N": 32}, 8, 1)
 
 
 def attention_backward(

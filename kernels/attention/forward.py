@@ -202,12 +202,20 @@ def attention_decode_kernel(
     tl.store(place, result.to(output.dtype.element_ty))
 
 
+def exact_config(width: int) -> Config:
+    """Blocks of every kernel in float32, whose exact products run without tensor cores."""
+    block = 32 if width <= 32 else 16
+    return Config({"BLOCK_M": block, "BLOCK_N": block}, 8, 1)
+
+
 def forward_config(queries: int, width: int, dtype: torch.dtype) -> Config:
-    """Blocks for a number of queries: short ones do not fill 64 rows."""
+    """Blocks for a number of queries: few of them do not fill 64 rows."""
     if dtype == torch.float32:
+        return exact_config(width)
+    if width > 64:
         return Config({"BLOCK_M": 16 if queries <= 16 else 32, "BLOCK_N": 32}, 4, 1)
     block = 16 if queries <= 16 else 32 if queries <= 32 else 64
-    return Config({"BLOCK_M": block, "BLOCK_N": 64 if width <= 64 else 32}, 4, 2)
+    return Config({"BLOCK_M": block, "BLOCK_N": 64}, 4, 2)
 
 
 DECODE_CONFIG = Config({"BLOCK_N": 32}, 4, 2)

@@ -12,15 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from unival.kernels.layernorm.forward import (
     branch_scale,
     centre,
     drop,
     flat_rows,
-    native_keep,
-    native_operands,
 )
 from unival.kernels.triton_tools.arithmetic import gelu, gelu_derivative
 from unival.kernels.triton_tools.launch import Config, launch, multiprocessors
@@ -212,41 +209,3 @@ def _launch(
         DROP_PATH=drop_path > 0.0,
     )
     return partials.sum(1).to(weight.dtype)
-
-
-def backward_torch(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, gelu: bool
-) -> tuple[Tensor, Tensor]:
-    """`backward_triton` by PyTorch's own kernels."""
-    before, slope, wide = native_operands(x, dy, weight)
-    value = F.gelu(before) if gelu else before
-    shape = list(weight.shape)
-    # Large tensors are freed and reused at once: on a CPU fresh pages cost as much as arithmetic.
-    mean, rstd = torch.ops.aten.native_layer_norm(value, shape, wide, wide, eps)[1:]
-    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        slope, value, shape, mean, rstd, wide, wide, [True, True, True]
-    )
-    if gelu:
-        torch.ops.aten.gelu_backward(dx, before, grad_input=dx)
-    return dx.to(x.dtype).contiguous(), torch.stack([dweight, dbias]).to(weight.dtype)
-
-
-def residual_backward_torch(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    total: Tensor,
-    weight: Tensor,
-    eps: float,
-    dropout: float,
-    drop_path: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`residual_backward_triton` by PyTorch's own kernels."""
-    dresidual, parameters = backward_torch(dy, total, weight, eps, gelu=False)
-    if dtotal is not None:
-        dresidual += dtotal
-    if seed is None:
-        return dresidual, dresidual.new_empty(0), parameters
-    keep = native_keep(total, dropout, drop_path, seed)
-    dbranch = (dresidual * keep).mul_(branch_scale(dropout, drop_path))
-    return dresidual, dbranch, parameters

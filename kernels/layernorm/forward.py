@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from unival.kernels.triton_tools.arithmetic import gelu
 from unival.kernels.triton_tools.launch import Config, launch
@@ -206,54 +205,3 @@ def _launch(
 def branch_scale(dropout: float, drop_path: float) -> float:
     """What survivors are multiplied by."""
     return 1.0 / ((1.0 - dropout) * (1.0 - drop_path))
-
-
-def native_operands(*operands: Tensor) -> tuple[Tensor, ...]:
-    """Operands as PyTorch's own kernels need them to sum in float32.
-
-    Its CPU kernels keep statistics in the dtype of the parameters and sum dweight in that of x (of
-    8192 rows in bfloat16, a tenth is lost). Its CUDA kernels sum in float32 but take one dtype.
-    """
-    if operands[0].is_cpu or len({operand.dtype for operand in operands}) > 1:
-        return tuple(operand.float() for operand in operands)
-    return operands
-
-
-def forward_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Tensor:
-    """`forward_triton` by PyTorch's own kernels."""
-    value, weight, bias = native_operands(x, weight, bias)
-    if gelu:
-        value = F.gelu(value)
-    return F.layer_norm(value, weight.shape, weight, bias, eps).to(x.dtype)
-
-
-def residual_forward_torch(
-    branch: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    dropout: float,
-    drop_path: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`residual_forward_triton` by PyTorch's own kernels, with another stream of numbers."""
-    if seed is None:
-        total = residual + branch
-    else:
-        keep = native_keep(branch, dropout, drop_path, seed)
-        total = torch.addcmul(residual, branch, keep, value=branch_scale(dropout, drop_path))
-    return total, forward_torch(total, weight, bias, eps, gelu=False)
-
-
-def native_keep(like: Tensor, dropout: float, drop_path: float, seed: Tensor) -> Tensor:
-    """1 where kept, else 0; broadcasts with `like` [B, S, N]; a seed gives the same every time."""
-    generator = torch.Generator(like.device)
-    generator.manual_seed(int(seed))
-
-    def draw(shape: tuple[int, ...], rate: float) -> Tensor:
-        fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return fresh.bernoulli_(1.0 - rate, generator=generator)
-
-    keep = draw((like.shape[0], 1, 1), drop_path)
-    return draw(tuple(like.shape), dropout).mul_(keep) if dropout > 0.0 else keep

@@ -9,23 +9,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from unival.kernels.backend import resolve_backend
-from unival.kernels.layernorm.backward import (
-    backward_torch,
-    backward_triton,
-    residual_backward_torch,
-    residual_backward_triton,
-)
-from unival.kernels.layernorm.forward import (
-    forward_torch,
-    forward_triton,
-    residual_forward_torch,
-    residual_forward_triton,
-)
+from unival.kernels.layernorm.backward import backward_triton, residual_backward_triton
+from unival.kernels.layernorm.forward import forward_triton, residual_forward_triton
+from unival.kernels.layernorm.torch_path import norm_torch, residual_norm_torch
 from unival.kernels.triton_tools.philox import draw_seed
 
 BACKENDS = ("torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDEST = 16_384
+WIDEST = 4096  # the kernels' registers hold no wider row
 
 
 def layer_norm(
@@ -34,7 +25,7 @@ def layer_norm(
     """LN(x): rows with mean 0 and variance 1, times weight, plus bias; float32 statistics.
 
     Args:
-        x: [..., N], N from 1 to 16384; float32, float16 or bfloat16. Columns adjacent in memory,
+        x: [..., N], N from 1 to 4096; float32, float16 or bfloat16. Columns adjacent in memory,
             rows at any distance.
         weight, bias: [N], both in the dtype of x or both float32.
         eps: added to the variance; positive.
@@ -49,7 +40,8 @@ def layer_norm(
     """
     _check({"x": x}, weight, bias, eps)
     backend = resolve_backend("layer_norm", backend, x.device, BACKENDS)
-    return torch.ops.unival.layer_norm(x, weight, bias, eps, False, backend)
+    norm = layer_norm_op if backend == "triton" else norm_torch
+    return norm(x, weight, bias, eps, False)
 
 
 def gelu_layer_norm(
@@ -57,12 +49,13 @@ def gelu_layer_norm(
 ) -> Tensor:
     """LN(GELU(x)) in one pass, with the exact GELU(x) = x * Phi(x).
 
-    Arguments, result, gradients and errors are those of `layer_norm`. The activation is kept
+    Arguments, result, gradients and errors are those of `layer_norm`. Triton keeps the activation
     nowhere: backward computes it again from x.
     """
     _check({"x": x}, weight, bias, eps)
     backend = resolve_backend("gelu_layer_norm", backend, x.device, BACKENDS)
-    return torch.ops.unival.layer_norm(x, weight, bias, eps, True, backend)
+    norm = layer_norm_op if backend == "triton" else norm_torch
+    return norm(x, weight, bias, eps, True)
 
 
 def residual_layer_norm(
@@ -78,15 +71,15 @@ def residual_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """total = residual + DropPath(Dropout(branch)) and LN(total), in one pass.
 
-    Dropped elements and samples (stochastic depth drops the whole branch of a sample) are drawn
-    again in backward; no mask is stored. `total` is rounded to its dtype before it is normed.
+    Stochastic depth drops the whole branch of a sample. Triton draws what is dropped again in
+    backward and stores no mask. `total` is rounded to its dtype before it is normed.
 
     Args:
         branch, residual: [B, S, N] of one dtype, as x in `layer_norm`.
         weight, bias, eps: as in `layer_norm`.
         dropout, drop_path: rates in [0, 1); survivors are scaled by 1 / (1 - rate).
-        seed: int64 [1] on the device; None draws one from PyTorch's generator where a rate is
-            positive. The same seed drops the same on the same backend.
+        seed: int64 [1] on the device: the same seed drops the same, whatever the backend. None
+            draws from PyTorch's generator.
         backend: as in `layer_norm`.
 
     Returns:
@@ -99,13 +92,13 @@ def residual_layer_norm(
     _check({"branch": branch, "residual": residual}, weight, bias, eps)
     _check_residual(branch, residual, dropout, drop_path, seed)
     backend = resolve_backend("residual_layer_norm", backend, branch.device, BACKENDS)
+    if backend == "torch":
+        return residual_norm_torch(branch, residual, weight, bias, eps, dropout, drop_path, seed)
     if dropout == 0.0 and drop_path == 0.0:
         seed = None
     elif seed is None:
         seed = draw_seed(branch.device)
-    return torch.ops.unival.residual_layer_norm(
-        branch, residual, weight, bias, eps, dropout, drop_path, seed, backend
-    )
+    return residual_layer_norm_op(branch, residual, weight, bias, eps, dropout, drop_path, seed)
 
 
 def _check(inputs: dict[str, Tensor], weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -173,30 +166,24 @@ def _check_residual(
 
 
 @torch.library.custom_op("unival::layer_norm", mutates_args=())
-def layer_norm_op(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, backend: str
-) -> Tensor:
-    forward = forward_triton if backend == "triton" else forward_torch
-    return forward(x, weight, bias, eps, gelu)
+def layer_norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Tensor:
+    return forward_triton(x, weight, bias, eps, gelu)
 
 
 @layer_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool, backend: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("unival::layer_norm_backward", mutates_args=())
 def layer_norm_backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, gelu: bool, backend: str
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, gelu: bool
 ) -> tuple[Tensor, Tensor]:
-    backward = backward_triton if backend == "triton" else backward_torch
-    return backward(dy, x, weight, eps, gelu)
+    return backward_triton(dy, x, weight, eps, gelu)
 
 
 @layer_norm_backward_op.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, eps: float, gelu: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float, gelu: bool) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(2, x.shape[-1])
 
 
@@ -208,9 +195,9 @@ def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _norm_gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 6
-    dx, parameters = torch.ops.unival.layer_norm_backward(dy, *ctx.saved_tensors, *ctx.options)
-    return dx, parameters[0], parameters[1], None, None, None
+        return (None,) * 5
+    dx, parameters = layer_norm_backward_op(dy, *ctx.saved_tensors, *ctx.options)
+    return dx, parameters[0], parameters[1], None, None
 
 
 layer_norm_op.register_autograd(_norm_gradients, setup_context=_save_norm)
@@ -226,10 +213,8 @@ def residual_layer_norm_op(
     dropout: float,
     drop_path: float,
     seed: Tensor | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    forward = residual_forward_triton if backend == "triton" else residual_forward_torch
-    return forward(branch, residual, weight, bias, eps, dropout, drop_path, seed)
+    return residual_forward_triton(branch, residual, weight, bias, eps, dropout, drop_path, seed)
 
 
 @residual_layer_norm_op.register_fake
@@ -242,7 +227,6 @@ def _(
     dropout: float,
     drop_path: float,
     seed: Tensor | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return branch.new_empty(branch.shape), branch.new_empty(branch.shape)
 
@@ -257,11 +241,9 @@ def residual_layer_norm_backward_op(
     dropout: float,
     drop_path: float,
     seed: Tensor | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dresidual, dbranch (empty where it is dresidual), dweight and dbias [2, N]."""
-    backward = residual_backward_triton if backend == "triton" else residual_backward_torch
-    return backward(dy, dtotal, total, weight, eps, dropout, drop_path, seed)
+    return residual_backward_triton(dy, dtotal, total, weight, eps, dropout, drop_path, seed)
 
 
 @residual_layer_norm_backward_op.register_fake
@@ -274,17 +256,15 @@ def _(
     dropout: float,
     drop_path: float,
     seed: Tensor | None,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dbranch = total.new_empty(0 if seed is None else total.shape)
     return total.new_empty(total.shape), dbranch, weight.new_empty(2, total.shape[-1])
 
 
 def _save_residual(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, weight, _, eps, dropout, drop_path, seed, backend = inputs
+    _, _, weight, _, eps, dropout, drop_path, seed = inputs
     ctx.save_for_backward(output[0], weight, *([] if seed is None else [seed]))
     ctx.rates = (eps, dropout, drop_path)
-    ctx.backend = backend
     ctx.set_materialize_grads(False)
 
 
@@ -292,17 +272,17 @@ def _residual_gradients(
     ctx: Any, dtotal: Tensor | None, dy: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if dtotal is None and dy is None:
-        return (None,) * 9
+        return (None,) * 8
     total, weight, *rest = ctx.saved_tensors
     seed = rest[0] if rest else None
     if dy is None:  # rare: a sum whose norm nobody uses
         dy = torch.zeros_like(total)
-    dresidual, dbranch, parameters = torch.ops.unival.residual_layer_norm_backward(
-        dy, dtotal, total, weight, *ctx.rates, seed, ctx.backend
+    dresidual, dbranch, parameters = residual_layer_norm_backward_op(
+        dy, dtotal, total, weight, *ctx.rates, seed
     )
     if seed is None:
         dbranch = dresidual
-    return dbranch, dresidual, parameters[0], parameters[1], None, None, None, None, None
+    return dbranch, dresidual, parameters[0], parameters[1], None, None, None, None
 
 
 residual_layer_norm_op.register_autograd(_residual_gradients, setup_context=_save_residual)

@@ -15,6 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
+# Whether kernels run in Python on the CPU: TRITON_INTERPRET=1 when Triton was imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
 
 class Config(NamedTuple):
     """How a kernel is compiled: block sizes (constexpr arguments), warps, pipeline stages."""
@@ -80,8 +83,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132 if _recorder.get() is not None else 2
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in Python on the CPU (TRITON_INTERPRET=1 at import)."""
-    return bool(triton.knobs.runtime.interpret)

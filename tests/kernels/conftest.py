@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 
-from unival.kernels.triton_tools.launch import interpreted
+from unival.kernels.triton_tools.launch import INTERPRETED
 
 GUARD = 64  # elements before and after a tensor; keeps 16-byte alignment in every dtype
 CANARY = 77  # in uint8, int32, int64, bool (as 1) and every floating type exact
@@ -19,7 +20,7 @@ def device() -> torch.device:
     """The GPU where there is one; else the CPU, with Triton interpreted and bfloat16 rounded."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    assert interpreted()
+    assert INTERPRETED
     from interpreter import install
 
     install()
@@ -50,6 +51,8 @@ def surrounded() -> Callable[[Tensor], Tensor]:
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory is NaN (integers: a large number), so that unwritten elements show, and lies
     between guards, so that writing beside it shows at the end of the test."""
+    # The compiler lists torch's functions once: it must not meet the patched ones.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
     buffers: list[Tensor] = []
 
     def poison(make: Callable[..., Tensor], zero: bool) -> Callable[..., Tensor]:

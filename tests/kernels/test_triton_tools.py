@@ -9,7 +9,7 @@ import triton.language as tl
 
 from unival.kernels.backend import resolve_backend
 from unival.kernels.triton_tools.arithmetic import dot, gelu, gelu_derivative
-from unival.kernels.triton_tools.launch import Config, interpreted, launch, recorded_launches
+from unival.kernels.triton_tools.launch import INTERPRETED, Config, launch, recorded_launches
 from unival.kernels.triton_tools.philox import philox_4x32, uniform, uniform_torch
 
 
@@ -50,7 +50,7 @@ def test_dot_multiplies_values_in_every_dtype(device: torch.device, dtype: torch
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=0, atol=2e-6)
 
 
-@pytest.mark.skipif(not interpreted(), reason="about Triton's interpreter; kernels are compiled")
+@pytest.mark.skipif(not INTERPRETED, reason="about Triton's interpreter; kernels are compiled")
 def test_interpreter_still_multiplies_bit_patterns_of_bfloat16(device: torch.device) -> None:
     """When this fails, Triton is mended: `arithmetic.dot` can lose its upcast."""
     a, b = torch.randn(2, 16, 16, device=device).bfloat16().unbind()
@@ -141,6 +141,6 @@ def test_auto_says_once_which_backend_runs_and_why(caplog: pytest.LogCaptureFixt
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr("unival.kernels.triton_tools.launch.INTERPRETED", False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         resolve_backend("norm", "triton", torch.device("cpu"), ("torch", "triton"))
