@@ -49,7 +49,7 @@ from unival.data.records import Origin, Record
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks.base import Example
-from unival.training.losses import Criterion, states_at
+from unival.training.losses import Criterion
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -201,8 +201,8 @@ class Step:
         labels, weight = tensors.pop("labels"), tensors.pop("loss_weight")
         out = self.model(**tensors, output_logits=False)
         with clock.part("loss"):
-            states = states_at(out.decoder_last_hidden_state, self.criterion.counted(labels))
-            result = self.criterion(self.model.logits(states), labels, weight=weight)
+            states, embedding = out.decoder_last_hidden_state, self.model.get_input_embeddings()
+            result = self.criterion.of_states(states, embedding.weight, labels, weight=weight)
             loss = result.loss / result.tokens
         with clock.part("backward"):
             loss.backward()

@@ -176,11 +176,20 @@ def loss(model: UnivalForConditionalGeneration | None, case: dict, inputs: dict)
         model.train(bool(case.get("train_mode")))
         previous = torch.from_numpy(inputs["prev_output_tokens"])
         out = model(**model_inputs(inputs), decoder_input_ids=previous, output_logits=False)
-        logits = model.logits(states_at(out.decoder_last_hidden_state, compute.counted(target)))
         model.eval()
     if "constraint_masks" in inputs:
-        allowed = torch.from_numpy(inputs["constraint_masks"])[compute.counted(target)]
-    sums = compute(logits, target, allowed=allowed, update=update)
+        allowed = torch.from_numpy(inputs["constraint_masks"])
+    if model is None:
+        chosen = None if allowed is None else allowed[compute.counted(target)]
+        sums = compute(logits, target, allowed=chosen, update=update)
+    else:
+        sums = compute.of_states(
+            out.decoder_last_hidden_state,
+            model.get_input_embeddings().weight,
+            target,
+            allowed=allowed,
+            update=update,
+        )
     sums.loss.backward()
     count = sums.tokens
     if case["criterion"].get("sentence_avg"):

@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import ModelOutput
 
+from unival.kernels.linear_cross_entropy.op import linear_cross_entropy
 from unival.model.audio_encoder import AudioEncoder, LogMel, mel_filters
 from unival.model.configuration import UnivalConfig
 from unival.model.decoder import Decoder
@@ -170,7 +171,7 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             code_mask: bool [B]; True in rows whose decoder writes image codes.
             labels: int64 [B, U], -100 where there is no loss.
             encoder_outputs: skips the encoder.
-            output_logits: False leaves logits None, for losses that work on the decoder's states.
+            output_logits: False leaves logits None; a loss is then made without them.
 
         Raises:
             ValueError: neither decoder inputs nor labels, or a medium without encoder.
@@ -209,10 +210,18 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             output_attentions,
         )
         states = decoded.last_hidden_state
-        logits = self.logits(states) if output_logits or labels is not None else None
+        logits = self.logits(states) if output_logits else None
         loss = None
-        if labels is not None:
+        if labels is not None and logits is not None:
             loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        elif labels is not None:
+            sums = linear_cross_entropy(
+                states.flatten(0, 1),
+                self.encoder.embed_tokens.weight,
+                labels.flatten(),
+                backend=self.config.kernel_backend,
+            )
+            loss = sums.loss / sums.tokens
         return UnivalOutput(
             loss=loss,
             logits=logits,

@@ -5,7 +5,7 @@ Shapes: B batch, S queries, T keys, D width, H heads, d = D / H.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -222,4 +222,5 @@ class DecoderLayer(EncoderLayer):
 
 def next_norms(layers: nn.ModuleList, last: LayerNorm) -> list[LayerNorm]:
     """The norm that follows each layer of a stack: the next layer's first, then the stack's own."""
-    return [*(layer.self_attn_norm for layer in list(layers)[1:]), last]
+    norms: list[Any] = [layer.self_attn_norm for layer in layers]
+    return [*norms[1:], last]

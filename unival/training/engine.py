@@ -14,7 +14,7 @@ from unival.model.batchnorm import set_batchnorm_statistics
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
 from unival.training.batches import Batch
-from unival.training.losses import Criterion, states_at
+from unival.training.losses import Criterion
 from unival.training.options import Run, Stage
 
 
@@ -152,14 +152,19 @@ class Engine:
             if name in tensors:
                 tensors[name] = tensors[name].to(dtype)
         out = self.deepspeed(**tensors, output_logits=False)
-        counted = self.criterion.counted(labels)
-        logits = self.model.logits(states_at(out.decoder_last_hidden_state, counted))
-        result = self.criterion(logits, labels, weight=weight, update=update)
+        result = self.criterion.of_states(
+            out.decoder_last_hidden_state,
+            self.model.get_input_embeddings().weight,
+            labels,
+            weight=weight,
+            update=update,
+            backend=self.model.config.kernel_backend,
+        )
         names = list(TASKS)
         task_of_row = torch.tensor([names.index(task) for task in batch.tasks])
-        nll = result.token_nll.double()
-        entries = torch.stack([nll, torch.ones_like(nll)], dim=1)
-        sums.index_add_(0, task_of_row.to(nll.device)[counted.nonzero()[:, 0]], entries)
+        nll = result.token_nll.double().view(labels.shape).sum(1)
+        entries = torch.stack([nll, self.criterion.counted(labels).sum(1).double()], dim=1)
+        sums.index_add_(0, task_of_row.to(nll.device), entries)
         return result.loss
 
     def _result(self, sums: Tensor, batches: list[Batch]) -> StepResult:

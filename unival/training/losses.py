@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from unival.kernels.linear_cross_entropy.op import linear_cross_entropy
 from unival.kernels.linear_cross_entropy.reference import LossSums, cross_entropy_sums
 from unival.vocabulary import EOS, IGNORE
 
@@ -16,8 +18,7 @@ class Criterion:
     """Options of the loss (data_and_recipes: pretraining uses label_smoothing 0).
 
     log_end turns the encouraging loss on (captioning and video QA: 0.75). drop_worst_ratio acts
-    after
-    drop_worst_after updates. constraint_range limits the vocabulary (image codes: 50265, 58457).
+    after drop_worst_after updates. constraint_range limits the vocabulary (image codes: 50265, 58457).
     """
 
     label_smoothing: float = 0.0
@@ -47,6 +48,55 @@ class Criterion:
         """Share of tokens dropped at this update."""
         return self.drop_worst_ratio if update > self.drop_worst_after else 0.0
 
+    def of_states(
+        self,
+        states: Tensor,
+        embedding: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        allowed: Tensor | None = None,
+        update: int = 0,
+        backend: str = "auto",
+    ) -> LossSums:
+        """Loss sums of the decoder's states, without their logits.
+
+        Args:
+            states: [B, U, D].
+            embedding: [V, D], the output projection.
+            target: int64 [B, U], IGNORE where there is no loss.
+            weight: [B], multiplies the log-probabilities of a row.
+            allowed: bool [B, U, V].
+            update: optimizer updates so far.
+            backend: of the kernel (linear_cross_entropy).
+
+        Returns:
+            Sums; token_nll [B * U], 0 where a position does not count.
+        """
+        counted = self.counted(target)
+        if self.rdrop_alpha:  # compares whole distributions: needs the logits
+            logits = F.linear(states_at(states, counted), embedding)
+            chosen = None if allowed is None else allowed[counted]
+            sums = self(logits, target, weight=weight, allowed=chosen, update=update)
+            every = sums.token_nll.new_zeros(target.numel())
+            every[counted.flatten()] = sums.token_nll
+            return sums._replace(token_nll=every)
+        weights = None
+        if weight is not None:
+            weights = weight[:, None].expand_as(target).flatten().to(torch.float32)
+        return linear_cross_entropy(
+            states.flatten(0, 1),
+            embedding,
+            target.masked_fill(~counted, IGNORE).flatten(),
+            label_smoothing=self.label_smoothing,
+            weight=weights,
+            allowed=None if allowed is None else allowed.flatten(0, 1),
+            constraint_range=self.constraint_range,
+            drop_worst_ratio=self.dropping(update),
+            log_end=self.log_end,
+            backend=backend,
+        )
+
     def __call__(
         self,
         logits: Tensor,
@@ -56,7 +106,7 @@ class Criterion:
         allowed: Tensor | None = None,
         update: int = 0,
     ) -> LossSums:
-        """Loss sums.
+        """Loss sums of logits that are there already, by the reference.
 
         Args:
             logits: [n, V] of the counted positions, in row-major order of `counted(target)`.
