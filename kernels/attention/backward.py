@@ -16,11 +16,11 @@ from unival.kernels.attention.backward_kernels import (
 )
 from unival.kernels.attention.forward import exact_config
 from unival.kernels.attention.inputs import Gradients, Inputs
-from unival.kernels.triton_tools.launch import Config, launch, multiprocessors
+from unival.kernels.triton_tools.launch import Config, launch, level_two_cache, multiprocessors
 
-# Sequences are walked in chunks whose tensors stay in an A100's 40 MB second-level cache, so that
-# the kernels after the first read them from there.
-CHUNK_BYTES = 24 << 20
+# Sequences are walked in chunks whose tensors stay in the second-level cache, so that the kernels
+# after the first read them from there.
+CHUNK_OF_CACHE = 0.6
 MAX_GROUP = 8  # sequences that share positions and are summed before positions and table get theirs
 
 
@@ -63,7 +63,8 @@ def attention_backward(
     )
     # q, o, dy, dq of a sequence, and k, v, dk, dv.
     row_bytes = 4 * heads * x.query.shape[-1] * x.query.element_size()
-    step = max(1, CHUNK_BYTES // max((x.max_queries + x.max_keys) * row_bytes, 1))
+    chunk_bytes = CHUNK_OF_CACHE * level_two_cache(grad.device)
+    step = max(1, int(chunk_bytes / max((x.max_queries + x.max_keys) * row_bytes, 1)))
     if x.packed:
         step = max(batch, 1)
     for start in range(0, batch, step):

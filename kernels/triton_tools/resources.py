@@ -111,6 +111,14 @@ def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict
     return signature, constants, attributes
 
 
+def launch_key(launch: Launch) -> str:
+    """What distinguishes the code of a launch from that of others, architecture aside."""
+    signature, constants, attributes = specialization(launch)
+    name = f"{launch.kernel.__module__}.{launch.kernel.__name__}"
+    code = (signature, constants, attributes, launch.config)
+    return f"{name} {code}"
+
+
 def compile_launch(launch: Launch, arch: int) -> Resources:
     """Compile for an architecture (80, 90 or 100) and take the machine code apart."""
     signature, constants, attributes = specialization(launch)
@@ -178,14 +186,9 @@ def occupancy(registers: int, shared: int, num_warps: int, arch: int) -> float:
     return blocks * num_warps / WARPS
 
 
-def tensor_bytes(launch: Launch) -> int:
-    """Bytes of all tensors of a launch, each counted once; broadcast dimensions count once."""
-    total = 0
-    for value in launch.arguments.values():
-        if isinstance(value, Tensor):
-            sizes = zip(value.shape, value.stride(), strict=True)
-            elements = 1
-            for size, stride in sizes:
-                elements *= size if stride or not size else 1
-            total += elements * value.element_size()
-    return total
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor; broadcast dimensions count once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride or not size else 1
+    return elements * tensor.element_size()

@@ -10,6 +10,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from transformers import PreTrainedConfig
 
+# How a model runs, not what it is: never saved with it.
+EXECUTION = ("attention_backend", "kernel_backend")
+
 
 class UnivalConfig(PreTrainedConfig):
     """Configuration of UnIVAL and of OFA (the defaults are `unival_base` with image and video).
@@ -32,7 +35,7 @@ class UnivalConfig(PreTrainedConfig):
         audio_dropout: after each pooled block of the audio encoder, in training.
         spec_augment: hide stripes of the spectrogram in training.
         attention_backend: auto, triton, sdpa, flash_attn or eager (unival.kernels.attention.op).
-        kernel_backend: of norms and loss: auto, triton or torch.
+        kernel_backend: of norms and loss: auto, triton or torch. The two backends are not saved.
     """
 
     model_type = "unival"
@@ -121,6 +124,10 @@ class UnivalConfig(PreTrainedConfig):
         kwargs.setdefault("is_encoder_decoder", True)
         super().__init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are saved."""
+        return {name: x for name, x in super().to_dict().items() if name not in EXECUTION}
+
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> UnivalConfig:
         """Read one of configs/model/*.yaml; a key that is not a field is an error."""
@@ -132,7 +139,7 @@ class UnivalConfig(PreTrainedConfig):
     @classmethod
     def checked(cls, origin: str, fields: dict[str, Any]) -> UnivalConfig:
         """Build from `fields`; an unknown one is a ValueError naming its origin and the nearest."""
-        known = cls().to_dict().keys()
+        known = [*cls().to_dict(), *EXECUTION]
         for name in fields:
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

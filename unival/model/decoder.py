@@ -15,7 +15,7 @@ from unival.model.configuration import UnivalConfig
 from unival.model.encoder import EncoderOutput, RelativeTables, position_projection
 from unival.model.norm import LayerNorm
 from unival.model.positions import code_positions, grid_cells
-from unival.model.transformer import DecoderLayer, PositionTerms, next_norms
+from unival.model.transformer import DecoderLayer, PositionTerms, next_norms, run_layer
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Decoder(nn.Module):
             DecoderLayer(config, rate.item(), index) for index, rate in enumerate(rates)
         )
         self.norm = LayerNorm(width, config)
+        self.gradient_checkpointing = False  # the name that transformers switches it on by
 
     def embed(self, embedded: Tensor, code_mask: Tensor | None) -> Tensor:
         """Norm token embeddings [B, U, D]; rows of image codes have their own norm."""
@@ -161,7 +162,9 @@ class Decoder(nn.Module):
             next_norms(self.layers, self.norm),
             strict=True,
         ):
-            x, normed, probabilities = layer(
+            x, normed, probabilities = run_layer(
+                layer,
+                self.gradient_checkpointing and self.training,
                 x,
                 normed,
                 norm,

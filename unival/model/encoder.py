@@ -26,7 +26,7 @@ from unival.model.positions import (
     text_buckets,
     video_positions,
 )
-from unival.model.transformer import EncoderLayer, PositionTerms, next_norms, split_heads
+from unival.model.transformer import EncoderLayer, PositionTerms, next_norms, run_layer, split_heads
 from unival.model.video_encoder import VideoEncoder
 
 TEXT, MEDIUM = 0, 1  # rows of the type embedding
@@ -133,6 +133,7 @@ class Encoder(nn.Module):
         rates = torch.linspace(0.0, config.encoder_drop_path, config.encoder_layers, device="cpu")
         self.layers = nn.ModuleList(EncoderLayer(config, rate.item()) for rate in rates)
         self.norm = LayerNorm(width, config)
+        self.gradient_checkpointing = False  # the name that transformers switches it on by
 
     def _add_media_encoders(self, config: UnivalConfig) -> None:
         cells = config.image_bucket_size**2 + 1
@@ -288,13 +289,14 @@ class Encoder(nn.Module):
         )
         states: Sequence[Tensor] = [x]
         normed = self.layers[0].self_attn_norm(x)
+        recompute = self.gradient_checkpointing and self.training
         for layer, bias, norm in zip(
             self.layers,
             self.relative_biases(length, embedded),
             next_norms(self.layers, self.norm),
             strict=True,
         ):
-            x, normed = layer(x, normed, norm, terms, bias, padding)
+            x, normed = run_layer(layer, recompute, x, normed, norm, terms, bias, padding)
             if output_hidden_states:
                 states = [*states, x]
         return EncoderOutput(

@@ -47,7 +47,7 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = UnivalConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     _supports_cache_class = True
 
     def __init__(self, config: UnivalConfig) -> None:

@@ -5,10 +5,12 @@ Shapes: B batch, S queries, T keys, D width, H heads, d = D / H.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers.cache_utils import Cache
 
 from unival.kernels.attention.op import attention
@@ -218,6 +220,18 @@ class DecoderLayer(EncoderLayer):
             cache.is_updated[self.index] = True
         layer = cache.cross_attention_cache.layers[self.index]
         return layer.keys, layer.values
+
+
+def run_layer(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
+    """A layer's outputs; with `recompute`, backward makes all but attention's results again.
+
+    The scores of attention are the one thing dear to make twice, and its results are small.
+    """
+    if not recompute:
+        return layer(*inputs)
+    kept = [torch.ops.unival.attention_forward.default]
+    contexts = partial(create_selective_checkpoint_contexts, kept)
+    return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def next_norms(layers: nn.ModuleList, last: LayerNorm) -> list[LayerNorm]:

@@ -86,6 +86,8 @@ class Engine:
             raise ValueError("precision=bf16 wants zero_stage of at least 1")
         self.run, self.stage = run, stage
         set_batchnorm_statistics(model, run.batchnorm)  # type: ignore[arg-type]
+        for stack in (model.encoder, model.decoder):
+            stack.gradient_checkpointing = run.recompute
         self._freeze_unused(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(

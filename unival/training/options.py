@@ -106,6 +106,8 @@ class Run:
     answers          a file of candidate answers, one a line, that questions are answered from
     evaluate_before  measure the first model too
     media_cache_mb   keeps decoded media of deterministic transforms
+    recompute        keep of each transformer layer only attention's results; backward makes the
+                     rest again: a quarter of the memory, about a sixth more operations
     checkpoint_every steps between checkpoints; keep: how many remain
     """
 
@@ -125,6 +127,7 @@ class Run:
     precision: str = "fp32"
     zero_stage: int = 1
     batchnorm: str = "local"
+    recompute: bool = False
     media_cache_mb: int = 0
     max_bad_samples: int = 100
     checkpoint_every: int = 100
