@@ -15,12 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from unival.kernels.attention.forward import LOG2E, add_relative, load_rows, sequence
+from unival.kernels.attention.forward import COUNTS, LOG2E, add_relative, load_rows, sequence
 from unival.kernels.triton_tools.arithmetic import dot
 from unival.kernels.triton_tools.philox import uniform
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_rowdot_kernel(
     grad, unscaled, rowdot,
     grad_b, grad_h, grad_s, unscaled_b, unscaled_h, unscaled_s, rowdot_b, rowdot_h,
@@ -70,7 +70,7 @@ def drop(weights, seed, rows, columns, plane, dropout):
     return weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_keys_kernel(
     query, key, value, position_query, position_key,
     table, query_codes, key_codes, head_scale, padding, query_starts, key_starts, seed,
@@ -151,7 +151,7 @@ def attention_keys_kernel(
     tl.store(grad_value + place, (dv * factor).to(grad_value.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_queries_kernel(
     query, key, value, position_query, position_key,
     table, query_codes, key_codes, head_scale, padding, query_starts, key_starts, seed,
@@ -246,7 +246,7 @@ def scatter(ds, index, grad_table, table_size, DETERMINISTIC: tl.constexpr):
         tl.atomic_add(grad_table + index, ds, mask=inside, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_bias_kernel(
     query, key, value, position_query, position_key,
     table, query_codes, key_codes, head_scale, padding, query_starts, key_starts, seed,

@@ -17,6 +17,12 @@ from unival.kernels.triton_tools.launch import Config, launch
 from unival.kernels.triton_tools.philox import uniform
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Integers that change from batch to batch: code that depended on their divisibility would be
+# compiled again for every other length of text.
+COUNTS = (
+    "num_heads", "first_sequence", "queries", "keys", "sequences", "group", "table_size",
+    "qc_b", "kc_b", "row_b", "row_h", "rowdot_b", "rowdot_h", "padding_b",
+)  # fmt: skip
 
 
 @triton.jit
@@ -47,7 +53,7 @@ def add_relative(scores, table, query_codes, key_codes, table_size):
     return scores + tl.load(table + index, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_forward_kernel(
     query, key, value, position_query, position_key,
     table, query_codes, key_codes, head_scale, padding, query_starts, key_starts, seed,
@@ -139,7 +145,7 @@ def attention_forward_kernel(
     tl.store(output + offsets, attended.to(output.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def attention_decode_kernel(
     query, key, value, position_query, position_key,
     table, query_codes, key_codes, head_scale, padding,

@@ -65,13 +65,22 @@ class Inputs:
         )  # fmt: skip
 
     def strides(self) -> tuple[int, ...]:
-        """Batch, head and row strides of query, key, value and the two position terms."""
+        """Batch, head and row strides of query, key, value and the two position terms.
+
+        Raises:
+            ValueError: rows of a sequence lie too far apart for the kernels' 32-bit offsets.
+        """
         found: list[int] = []
-        for x in (self.query, self.key, self.value, self.position_query, self.position_key):
+        for name in ("query", "key", "value", "position_query", "position_key"):
+            x = getattr(self, name)
             if x is None:
                 found += [0, 0, 0]
-            else:
-                found += [0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2)]
+                continue
+            if x.stride(2) * max(self.max_queries, self.max_keys) >= 2**31:
+                raise ValueError(
+                    f"{name}: rows {x.stride(2)} elements apart; a sequence may span less than 2^31"
+                )
+            found += [0 if x.shape[0] == 1 else x.stride(0), x.stride(1), x.stride(2)]
         return tuple(found)
 
     def code_strides(self) -> tuple[int, int]:

@@ -59,7 +59,7 @@ def program_count(rows: int, element_size: int, config: Config, device: torch.de
     return triton.cdiv(tiles, max(1, triton.cdiv(tiles, most)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "length"))
 def backward_kernel(
     dy,
     dtotal,

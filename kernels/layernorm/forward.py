@@ -72,7 +72,7 @@ def drop(
     return value * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "length"))
 def forward_kernel(
     x,
     residual,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unival.kernels.linear_cross_entropy.per_token import Columns, Inputs, Options
 from unival.kernels.linear_cross_entropy.tiles import (
+    COUNTS,
     allowed_tile,
     bonus_and_slope,
     column_ids,
@@ -30,7 +31,7 @@ from unival.kernels.triton_tools.launch import Config, launch
 CHUNK_BYTES = 12 << 20
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def slopes_kernel(
     hidden,
     embedding,
@@ -90,7 +91,7 @@ def slopes_kernel(
     tl.store(out, slope.to(slopes.dtype.element_ty), mask=block_rows[:, None] < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def hidden_gradient_kernel(
     slopes,
     embedding,

@@ -21,6 +21,7 @@ from unival.kernels.linear_cross_entropy.per_token import (
     settle,
 )
 from unival.kernels.linear_cross_entropy.tiles import (
+    COUNTS,
     allowed_tile,
     bonus_and_slope,
     column_ids,
@@ -32,7 +33,7 @@ from unival.kernels.triton_tools.launch import Config, launch, multiprocessors
 WAVES = 4  # programs for each multiprocessor; more splits balance better and combine slower
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def first_walk_kernel(
     hidden,
     embedding,
@@ -93,7 +94,7 @@ def first_walk_kernel(
     tl.store(out + 4 * plane, allowed_count, mask=block_rows < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def bonus_walk_kernel(
     hidden,
     embedding,

@@ -16,6 +16,10 @@ FIRST_SHIFTED = tl.constexpr(SPECIAL)
 SMALLEST_REST = tl.constexpr(FLOOR)
 
 
+# Integers that change from batch to batch and chunk to chunk: not worth code of their own.
+COUNTS = ("n", "start", "count", "gap", "tiles", "width")
+
+
 class Plan(NamedTuple):
     """Configurations of the walks, of the logits' gradient, and of hidden's gradient."""
 

@@ -91,7 +91,8 @@ def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict
     for index, parameter in enumerate(launch.kernel.params):
         name = parameter.name
         value = launch.arguments[name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[name] = "constexpr"
             constants[name] = value
             continue
@@ -106,7 +107,7 @@ def specialization(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict
             aligned = value % 16 == 0
         else:
             signature[name], aligned = "fp32", False
-        if aligned:
+        if aligned and not parameter.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

@@ -347,3 +347,11 @@ def test_full_size_on_a_gpu(
     for _ in range(20):
         again = given.rounded(dtype).run("triton", dtype, deterministic=True)
         assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_rows_too_far_apart_for_32_bit_offsets_are_refused(device: torch.device) -> None:
+    row = torch.zeros(1, device=device)
+    far = row.as_strided((1, 1, 2, 16), (0, 0, 2**31 // 2, 1))
+    near = torch.zeros(1, 1, 2, 16, device=device)
+    with pytest.raises(ValueError, match=r"key: rows 1073741824 elements apart"):
+        attention(near, far, near, backend="triton")
