@@ -29,6 +29,7 @@ setup(
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
+        "triton>=3.5",
         "timm>=1.0.20",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
