@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unival.kernels.attention.inputs import Gradients, Inputs
-from unival.kernels.attention.reference import dense_bias
-from unival.kernels.attention.relative import RelativeBias
 from unival.kernels.triton_tools.philox import uniform_torch
 
 SCRATCH_BYTES = 4 << 20  # of a block of scores
@@ -100,12 +99,21 @@ class Scores:
     def __init__(self, x: Inputs) -> None:
         wide = wide_dtype(x.query.dtype)
         self.x = x
-        self.query, self.key, self.value = (t.to(wide) for t in (x.query, x.key, x.value))
-        self.position_query, self.position_key, self.table, self.head_scale = (
-            None if t is None else t.to(wide)
-            for t in (x.position_query, x.position_key, x.table, x.head_scale)
+        # Contiguous once: batched products would copy strided heads in every block. Queries are
+        # scaled here, not scores.
+        self.query = (x.query.to(wide) * x.scale).contiguous()
+        self.key, self.value = x.key.to(wide).contiguous(), x.value.to(wide).contiguous()
+        self.position_key, self.table, self.head_scale = (
+            None if t is None else t.to(wide) for t in (x.position_key, x.table, x.head_scale)
         )
-        self.padding = None if x.padding is None else x.padding.bool()
+        self.position_query = None
+        if x.position_query is not None:
+            self.position_query = x.position_query.to(wide) * x.scale
+        # Added to scores, several times faster than filling where a mask is set.
+        self.padding = None
+        if x.padding is not None:
+            zeros = self.query.new_zeros(x.padding.shape)
+            self.padding = zeros.masked_fill_(x.padding.bool(), -torch.inf)[:, None, None]
 
     def blocks(self) -> Iterator[tuple[slice, list[Block]]]:
         """Ranges of queries, each with the blocks of sequences over it."""
@@ -129,34 +137,32 @@ class Scores:
         if self.position_query is not None:
             queries = block.of(self.position_query)
             keys = self._batch(self.position_key, block)
-            found = (queries * self.x.scale) @ keys.transpose(-1, -2)
+            found = queries @ keys.transpose(-1, -2)
         if self.table is not None:
-            dense = dense_bias(RelativeBias(self.table, *self._codes(block)))
-            found = dense if found is None else found + dense
+            index = self._entries(block)
+            padded = F.pad(self.table, (0, 1))
+            dense = padded.index_select(1, index.flatten()).unflatten(1, index.shape)
+            dense = dense.movedim(0, 1)
+            found = dense if found is None else found.add_(dense)
         return found
 
     def of(self, block: Block, bias: Tensor | None) -> Tensor:
         """Scores [n, H, rows, T] of a block, -inf where a query does not see a key."""
         query, key = block.of(self.query), self._batch(self.key, block)
-        count, heads, rows, _ = query.shape
-        total = key.shape[2]
-        scores = query.new_empty(count, heads, rows, total)
+        scores = query @ key.transpose(-1, -2)
         if bias is not None:
-            scores.copy_(bias)
-        scores.flatten(0, 1).baddbmm_(
-            query.flatten(0, 1),
-            key.flatten(0, 1).transpose(1, 2),
-            alpha=self.x.scale,
-            beta=0 if bias is None else 1,
-        )
+            scores.add_(bias)
         if self.padding is not None:
-            scores.masked_fill_(self.padding[block.batch, None, None], -torch.inf)
+            scores.add_(self.padding[block.batch])
         if self.x.causal:
-            visible = torch.arange(total, device=scores.device)
-            last = torch.arange(block.rows.start, block.rows.stop, device=scores.device)
-            last += total - self.query.shape[2]
-            scores.masked_fill_(visible > last[:, None], -torch.inf)
+            scores.add_(self._ahead(block.rows))
         return scores
+
+    def _ahead(self, rows: slice) -> Tensor:
+        """[rows, T]: -inf where the key is ahead of the query, else 0."""
+        total = self.key.shape[2]
+        hidden = self.query.new_full((rows.stop - rows.start, total), -torch.inf)
+        return hidden.triu_(total - self.query.shape[2] + rows.start + 1)
 
     def attend(self, output: Tensor, unscaled: Tensor, statistics: Tensor) -> None:
         """Fill the output, the output before head scaling, and the statistics."""
@@ -200,6 +206,9 @@ class Scores:
             rowdot = rowdot * self.head_scale[:, None]
         # Probabilities are exponentials over their sum: dy is divided instead of every one of them.
         delta = rowdot / statistics[1]
+        slopes = (grad.to(wide) / statistics[1][..., None]).contiguous()
+        if self.head_scale is not None:
+            slopes.mul_(self.head_scale[:, None, None])
         for rows, blocks in self.blocks():
             whole = Block(slice(None), rows)
             bias = self.bias(whole) if self.x.shared else None
@@ -207,18 +216,14 @@ class Scores:
             for block in blocks:
                 scores = self.of(block, bias if self.x.shared else self.bias(block))
                 weights = scores.sub_(block.of(statistics[0])[..., None]).exp_()
-                dy = block.of(grad).to(wide) / block.of(statistics[1])[..., None]
-                if self.head_scale is not None:
-                    dy = dy * self.head_scale[:, None, None]
+                dy = block.of(slopes)
                 ds = dy @ self._batch(self.value, block).transpose(-1, -2)
                 self._drop(ds, block)
                 ds.sub_(block.of(delta)[..., None]).mul_(weights)
                 self._drop(weights, block)
                 grads.value[block.batch].add_(weights.transpose(-1, -2) @ dy)
                 block.of(grads.query)[...] = (ds @ self._batch(self.key, block)).mul_(scale)
-                grads.key[block.batch].add_(
-                    ds.transpose(-1, -2) @ block.of(self.query), alpha=scale
-                )
+                grads.key[block.batch].add_(ds.transpose(-1, -2) @ block.of(self.query))
                 if not self.x.shared:
                     self._bias_gradient(ds, block, grads)
                 elif summed is not None:
@@ -230,10 +235,14 @@ class Scores:
         """[n or 1, H, T, d]: all keys of the block's sequences."""
         return x if len(x) == 1 else x[block.batch]
 
-    def _codes(self, block: Block) -> tuple[Tensor, Tensor]:
+    def _entries(self, block: Block) -> Tensor:
+        """Table entry of every pair, int64 [n or 1, rows, T]; without a bias the one behind it."""
         query, key = self.x.query_codes, self.x.key_codes
-        query = query[:, block.rows] if len(query) == 1 else query[block.batch, block.rows]
-        return query, key if len(key) == 1 else key[block.batch]
+        if len(query) > 1:
+            query, key = query[block.batch], key[block.batch]
+        size = self.table.shape[1]
+        index = query[:, block.rows, None] - key[:, None]
+        return torch.where((index < 0) | (index >= size), size, index).long()
 
     def _drop(self, weights: Tensor, block: Block) -> None:
         """Dropout of [n, H, rows, T] in place, by counter."""
@@ -256,14 +265,10 @@ class Scores:
             found = ds @ self._batch(self.position_key, block)
             block.of(grads.position_query).add_(found, alpha=self.x.scale)
             found = ds.transpose(-1, -2) @ block.of(self.position_query)
-            self._batch(grads.position_key, block).add_(found, alpha=self.x.scale)
+            self._batch(grads.position_key, block).add_(found)
         if self.table is not None:
-            query, key = self._codes(block)
-            index = query.long()[:, :, None] - key.long()[:, None, :]
             heads, size = self.table.shape
-            index = torch.where((index < 0) | (index >= size), size, index)
-            # Pairs without a bias are added to a column of their own.
             summed = ds.new_zeros(heads, size + 1)
-            for pairs, part in zip(index.expand(len(ds), -1, -1), ds, strict=True):
-                summed.index_add_(1, pairs.flatten(), part.flatten(1))
+            for entries, part in zip(self._entries(block), ds, strict=True):
+                summed.index_add_(1, entries.flatten(), part.flatten(1))
             grads.table.add_(summed[:, :size])
