@@ -93,6 +93,11 @@ class Block:
         return x[batch, :, self.rows]
 
 
+def _scaled(x: Tensor, factor: Tensor | float) -> Tensor:
+    """x times factor, contiguous, in one pass."""
+    return torch.mul(x, factor, out=x.new_empty(x.shape))
+
+
 class Scores:
     """The scores of an unpacked attention, block by block."""
 
@@ -101,7 +106,7 @@ class Scores:
         self.x = x
         # Contiguous once: batched products would copy strided heads in every block. Queries are
         # scaled here, not scores.
-        self.query = (x.query.to(wide) * x.scale).contiguous()
+        self.query = _scaled(x.query.to(wide), x.scale)
         self.key, self.value = x.key.to(wide).contiguous(), x.value.to(wide).contiguous()
         self.position_key, self.table, self.head_scale = (
             None if t is None else t.to(wide) for t in (x.position_key, x.table, x.head_scale)
@@ -200,15 +205,14 @@ class Scores:
     ) -> None:
         """Add the gradients of all inputs to `grads`, which starts at zero."""
         wide, scale = self.query.dtype, self.x.scale
-        rowdot = (grad.to(wide) * unscaled.to(wide)).sum(-1)
+        grad = grad.to(wide)
+        rowdot = (grad * unscaled.to(wide)).sum(-1)
+        # Probabilities are exponentials over their sum: dy is divided instead of every one of them.
+        factor = statistics[1].reciprocal()
         if self.head_scale is not None:
             grads.head_scale.add_(rowdot.sum((0, 2)))
-            rowdot = rowdot * self.head_scale[:, None]
-        # Probabilities are exponentials over their sum: dy is divided instead of every one of them.
-        delta = rowdot / statistics[1]
-        slopes = (grad.to(wide) / statistics[1][..., None]).contiguous()
-        if self.head_scale is not None:
-            slopes.mul_(self.head_scale[:, None, None])
+            factor *= self.head_scale[:, None]
+        delta, slopes = rowdot * factor, _scaled(grad, factor[..., None])
         for rows, blocks in self.blocks():
             whole = Block(slice(None), rows)
             bias = self.bias(whole) if self.x.shared else None
@@ -227,7 +231,7 @@ class Scores:
                 if not self.x.shared:
                     self._bias_gradient(ds, block, grads)
                 elif summed is not None:
-                    summed.add_(ds.sum(0, keepdim=True))
+                    summed.add_(ds if len(ds) == 1 else ds.sum(0, keepdim=True))
             if summed is not None:
                 self._bias_gradient(summed, whole, grads)
 

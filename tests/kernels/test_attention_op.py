@@ -585,9 +585,10 @@ def test_wrong_arguments_are_named(arguments, message) -> None:
         (Z.double(), "query: torch.float64; the Triton kernels take float32, float16 and bfloat16"),
     ],
 )  # fmt: skip
-def test_what_only_triton_does_not_take_is_named(x, message) -> None:
+def test_what_only_triton_does_not_take_is_named(device, x, message) -> None:
+    x = x.to(device)
     assert_refused({"query": x, "key": x, "value": x, "backend": "triton"}, message)
-    found = attention(x, x, x + 1)
+    found = attention(x, x, x + 1, backend="sdpa")
     assert torch.equal(found, torch.ones_like(x)) and found.dtype == x.dtype
 
 
