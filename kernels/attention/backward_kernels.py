@@ -276,11 +276,11 @@ def attention_bias_kernel(
     if position_query is not None:
         position_query += query_batch * pq_b + head * pq_h + query_start * pq_s
         position_key += key_batch * pk_b + head * pk_h + key_start * pk_s
-        grad_position += tl.program_id(2).to(tl.int64) * gp_g + head * gp_h
+        grad_position += head * gp_h
         if PACKED:
-            # Packed sequences lie behind one another in the only group.
             grad_position += (key_start if OF_KEYS else query_start) * gp_s
-            grad_position -= tl.program_id(2).to(tl.int64) * gp_g
+        else:
+            grad_position += tl.program_id(2).to(tl.int64) * gp_g
     if table is not None:
         table += head * table_size
         query_codes += query_batch * qc_b + query_start
@@ -295,7 +295,14 @@ def attention_bias_kernel(
         factor = tl.load(head_scale + head).to(tl.float32)
     if position_query is not None:
         found = tl.zeros([BLOCK_N if OF_KEYS else BLOCK_M, WIDTH], tl.float32)
-    for other in range(0, length if OF_KEYS else total, BLOCK_M if OF_KEYS else BLOCK_N):
+    first = 0
+    last = length if OF_KEYS else total
+    if CAUSAL:  # blocks of which no query sees a key
+        if OF_KEYS:
+            first = tl.maximum(owned - (total - length), 0) // BLOCK_M * BLOCK_M
+        else:
+            last = tl.minimum(total, owned + BLOCK_M + total - length)
+    for other in range(first, last, BLOCK_M if OF_KEYS else BLOCK_N):
         rows = (other if OF_KEYS else owned) + tl.arange(0, BLOCK_M)
         columns = (owned if OF_KEYS else other) + tl.arange(0, BLOCK_N)
         bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -304,7 +311,6 @@ def attention_bias_kernel(
             pk = load_rows(position_key, columns, total, pk_s, WIDTH)
             bias = dot(pq, tl.trans(pk)) * scale
         if table is not None:
-            # -1 at places outside the sequence, whose codes read as 0 could name a real entry.
             row_codes = tl.load(query_codes + rows, rows < length, other=0)[:, None]
             column_codes = tl.load(key_codes + columns, columns < total, other=0)[None, :]
             bias = add_relative(bias, table, row_codes, column_codes, table_size)
@@ -350,6 +356,7 @@ def attention_bias_kernel(
             else:
                 found = dot(summed.to(pk.dtype), pk, found)
         if table is not None and not OF_KEYS:
+            # -1 at places outside the sequence, whose codes, read as 0, could name a real entry.
             index = tl.where(
                 (rows[:, None] < length) & (columns[None, :] < total), row_codes - column_codes, -1
             )

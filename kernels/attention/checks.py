@@ -105,9 +105,19 @@ def check_rest(
     head_scale: Tensor | None,
     key_padding_mask: Tensor | None,
     dropout: float,
+    seed: Tensor | None,
 ) -> None:
-    """head_scale [H]; key_padding_mask bool [B, T]; 0 <= dropout < 1."""
+    """head_scale [H]; key_padding_mask bool [B, T]; 0 <= dropout < 1; seed int64 [1]."""
     heads = query.shape[1]
+    for name, x in (
+        ("head_scale", head_scale),
+        ("key_padding_mask", key_padding_mask),
+        ("seed", seed),
+    ):
+        if x is not None and x.device != query.device:
+            raise ValueError(f"{name}: on {x.device}, but query is on {query.device}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,)):
+        raise ValueError(f"seed: shape {list(seed.shape)}, {seed.dtype}; wanted int64 [1]")
     if head_scale is not None and (
         head_scale.shape != (heads,) or head_scale.dtype not in (query.dtype, torch.float32)
     ):
@@ -155,6 +165,8 @@ def check_packed(
             raise ValueError(
                 f"{name}: shape {list(starts.shape)}, {starts.dtype}; wanted int32 [sequences + 1]"
             )
+        if starts.device != query.device:
+            raise ValueError(f"{name}: on {starts.device}, but query is on {query.device}")
         steps = starts.diff()
         fine = (starts[0] == 0) & (starts[-1] == length) & (steps >= 0).all()
         fine &= (steps <= longest).all()

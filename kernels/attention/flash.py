@@ -67,4 +67,4 @@ def flash_attention(
             **options,
         ).unflatten(0, (batch, length))
     output = output.transpose(1, 2)[..., :width]
-    return output if head_scale is None else output * head_scale[:, None, None]
+    return output if head_scale is None else (output * head_scale[:, None, None]).to(output.dtype)

@@ -57,7 +57,7 @@ def attention(
         causal: query i sees keys up to i + T - S.
         scale: s; d^-1/2 where absent.
         dropout: rate on the probabilities.
-        seed: int64 [1] of the dropout; drawn where absent.
+        seed: int64 [1] of the dropout; drawn where absent. Not with `flash_attn`.
         cu_seqlens_q, cu_seqlens_k: int32 [sequences + 1], starts of packed sequences; then B = 1
             and S and T are the packed lengths.
         max_seqlen_q, max_seqlen_k: the longest packed sequences.
@@ -67,36 +67,45 @@ def attention(
             Triton where there is), `eager` (reference.py).
 
     Returns:
-        [B, H, S, d] in query's dtype, laid out as [B, S, H, d]. A row that sees no key gives zeros.
-        Differentiable in query, key, value, positions, table and head_scale.
+        [B, H, S, d] in query's dtype; from `triton` and `sdpa` laid out as [B, S, H, d]. A row that
+        sees no key gives zeros. Differentiable in query, key, value, positions, table, head_scale.
 
     Raises:
         ValueError: an argument of a wrong shape, dtype, layout or device, or an implementation that
             cannot run; the message names it and what is allowed.
     """
     chosen = resolve_backend("attention", backend, query.device, BACKENDS)
-    if chosen == "flash_attn" and relative is not None:
-        log_once("attention: flash_attn has no relative bias: Triton runs where there is one")
-        chosen = resolve_backend("attention", "triton", query.device, BACKENDS)
+    if chosen == "flash_attn":
+        lacks = None
+        if relative is not None:
+            lacks = "has no relative bias: Triton runs where there is one"
+        elif causal and key_padding_mask is not None:
+            # It would count its diagonal from the last key that is not padding.
+            lacks = "has no causal mask beside padding: Triton runs where there are both"
+        if lacks is not None:
+            log_once(f"attention: flash_attn {lacks}")
+            chosen = resolve_backend("attention", "triton", query.device, BACKENDS)
     checks.check_heads(query, key, value, chosen)
     checks.check_positions(query, key, position_query, position_key)
     checks.check_relative(query, key, relative)
-    checks.check_rest(query, key, head_scale, key_padding_mask, dropout)
+    checks.check_rest(query, key, head_scale, key_padding_mask, dropout, seed)
     packing = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_packed(query, key, key_padding_mask, *packing)
     if chosen in ("flash_attn", "eager") and cu_seqlens_q is not None:
         raise ValueError(f"cu_seqlens_q: backend={chosen!r} takes no packed sequences here")
+    if chosen == "flash_attn" and seed is not None:
+        raise ValueError("seed: backend='flash_attn' draws dropout from PyTorch's generator")
     if chosen == "sdpa" and deterministic and query.is_cuda:
         raise ValueError("deterministic: on a GPU only backend='triton' promises equal bits")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if dropout > 0.0 and seed is None:
-        seed = draw_seed(query.device)
-    seed = seed if dropout > 0.0 else None
     if chosen == "flash_attn":
         return flash_attention(
             query, key, value, position_query, position_key, head_scale, key_padding_mask,
             causal, scale, dropout, deterministic,
         )  # fmt: skip
+    if dropout > 0.0 and seed is None:
+        seed = draw_seed(query.device)
+    seed = seed if dropout > 0.0 else None
     if chosen == "eager":
         return attention_reference(
             query, key, value, position_query, position_key, relative, head_scale,
@@ -106,10 +115,15 @@ def attention(
     position_query, position_key, query_codes, key_codes = _one_batch(
         (position_query, position_key, query_codes, key_codes), query.shape[0]
     )
+    # Small tensors, which kernels read without strides.
+    table, head_scale, padding, query_starts, key_starts = (
+        None if x is None else x.contiguous()
+        for x in (table, head_scale, key_padding_mask, cu_seqlens_q, cu_seqlens_k)
+    )
     tensors = (
         query, key, value, position_query, position_key, table, query_codes, key_codes,
-        head_scale, None if key_padding_mask is None else key_padding_mask.view(torch.uint8),
-        cu_seqlens_q, cu_seqlens_k, seed,
+        head_scale, None if padding is None else padding.view(torch.uint8),
+        query_starts, key_starts, seed,
     )  # fmt: skip
     differentiable = (query, key, value, position_query, position_key, table, head_scale)
     wants_gradient = torch.is_grad_enabled() and any(

@@ -52,7 +52,7 @@ def attention_reference(
         kept = kept * keep_mask(scores.shape, dropout, seed) / (1.0 - dropout)
     output = kept @ value
     if head_scale is not None:
-        output = output * head_scale[:, None, None]
+        output = (output * head_scale[:, None, None]).to(value.dtype)
     return output, probabilities
 
 

@@ -557,6 +557,8 @@ WRONG = [
     ),
     ({"dropout": 1.0}, "dropout: 1.0; wanted at least 0 and less than 1"),
     ({"dropout": -0.1}, "dropout: -0.1; wanted at least 0 and less than 1"),
+    ({"seed": torch.tensor([1, 2])}, "seed: shape [2], torch.int64; wanted int64 [1]"),
+    ({"seed": torch.tensor([1], device="meta")}, "seed: on meta, but query is on cpu"),
     ({"dropout": float("nan")}, "dropout: nan; wanted at least 0 and less than 1"),
     (
         {"backend": "cuda"},
