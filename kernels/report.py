@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("unset TRITON_INTERPRET: interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
     archs = [int(name.removeprefix("sm_")) for name in args.arch]
-    found = [call for call in calls(tuple(args.dtype)) if args.only in call.op]
+    found = [call for call in calls(tuple(args.dtype)) if args.only in f"{call.op} {call.shape}"]
     launches = unique(launch for call in found for launch in candidates(call, args.sweep))
     started = time.monotonic()
     resources = compile_all(list(launches.values()), archs, args.jobs)
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [f"sm_{arch}" for arch in CHIPS]
     parser.add_argument("--arch", nargs="+", choices=names, default=names)
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--only", default="", help="operators whose name has this in it")
+    parser.add_argument("--only", default="", help="calls with this in their operator and shape")
     parser.add_argument("--out", type=Path, default=Path("runs/kernels"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
