@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -188,3 +191,10 @@ def assert_as_exact_as_pytorch(
         assert ours <= factor * theirs + rounding, (
             f"{name}: error {ours:.2e}, PyTorch's {theirs:.2e}, rounding {rounding:.2e}"
         )
+
+
+def assert_refused(arguments: dict[str, Any], message: str) -> None:
+    """A call with these arguments beside zeros for heads is a ValueError that says `message`."""
+    zeros = torch.zeros(2, 3, 5, 16)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attention(**{"query": zeros, "key": zeros, "value": zeros} | arguments)
