@@ -14,6 +14,7 @@ note, and are timed without it.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -300,25 +301,27 @@ def liger_loss(case: Case, t: Tensors) -> tuple[Tensor, ...]:
     return (loss,)
 
 
-def _import_error(statement: str) -> str | None:
+def _import_error(module: str, name: str | None) -> str | None:
     """Why an import fails; find_spec would find packages without their compiled part."""
     try:
-        exec(statement, {})
+        found = importlib.import_module(module)
     except (ImportError, RuntimeError, OSError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
+    return None if name is None or hasattr(found, name) else f"{module} has no {name}"
 
 
-def _needs_gpu(statement: str) -> Callable[[torch.device, torch.dtype], str | None]:
+def _needs_gpu(
+    module: str, name: str | None = None
+) -> Callable[[torch.device, torch.dtype], str | None]:
     def absent(device: torch.device, dtype: torch.dtype) -> str | None:
-        reason = _import_error(statement)
+        reason = _import_error(module, name)
         return reason or (None if device.type == "cuda" else "its kernels need a GPU")
 
     return absent
 
 
 def flash_absent(device: torch.device, dtype: torch.dtype) -> str | None:
-    reason = _needs_gpu("import flash_attn")(device, dtype)
+    reason = _needs_gpu("flash_attn")(device, dtype)
     return reason or (None if dtype.itemsize == 2 else f"it has no {dtype}; --dtype bf16 has it")
 
 
@@ -347,18 +350,18 @@ FLASH = Peer("flash_attn", flash, flash_absent)
 LIGER_NORM = Peer(
     "liger",
     liger_norm,
-    _needs_gpu("from liger_kernel.transformers.functional import liger_layer_norm"),
+    _needs_gpu("liger_kernel.transformers.functional", "liger_layer_norm"),
 )
 APEX_NORM = Peer(
     "apex",
     apex_norm,
     # The package of this name on PyPI is another one.
-    _needs_gpu("from apex.normalization.fused_layer_norm import fused_layer_norm_affine"),
+    _needs_gpu("apex.normalization.fused_layer_norm", "fused_layer_norm_affine"),
 )
 LIGER_LOSS = Peer(
     "liger",
     liger_loss,
-    _needs_gpu("from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy"),
+    _needs_gpu("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
 )
 PEERS: dict[str, tuple[Peer, ...]] = {
     "attention": (UNIVAL, EAGER, SDPA, SDPA_CONSTANT, FLEX),

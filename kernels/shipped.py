@@ -86,6 +86,8 @@ ENCODER = {
     "encoder 1024+20, batch 8": AttentionShape(8, 1044, 1044, table=4_008),
 }
 OTHERS = {
+    "decoder 16 causal, batch 128": AttentionShape(128, 16, 16, table=31, causal=True),
+    "decoder 24 causal, batch 128": AttentionShape(128, 24, 24, table=47, causal=True),
     "decoder 40 causal, batch 128": AttentionShape(128, 40, 40, table=79, causal=True),
     "cross 40 x 168, batch 128": AttentionShape(128, 40, 168, table=0),
     "encoder 144+24, random patches, batch 128": AttentionShape(128, 168, 168, own_positions=True),

@@ -14,7 +14,7 @@ from unival.kernels.attention.backward_kernels import (
     attention_queries_kernel,
     attention_rowdot_kernel,
 )
-from unival.kernels.attention.forward import exact_config
+from unival.kernels.attention.forward import EXACT_CONFIG
 from unival.kernels.attention.inputs import Gradients, Inputs
 from unival.kernels.triton_tools.launch import Config, launch, level_two_cache, multiprocessors
 
@@ -24,24 +24,23 @@ CHUNK_OF_CACHE = 0.6
 MAX_GROUP = 8  # sequences that share positions and are summed before positions and table get theirs
 
 
-def content_config(width: int, dtype: torch.dtype) -> dict[str, Config]:
+def content_config(width: int, dtype: torch.dtype, dropout: bool) -> dict[str, Config]:
     """Blocks of the kernels that own keys ("BLOCK_N") and queries ("BLOCK_M")."""
     if dtype == torch.float32:
-        both = exact_config(width)
-    elif width > 64:
+        return {"BLOCK_N": EXACT_CONFIG, "BLOCK_M": EXACT_CONFIG}
+    if width > 64:
         both = Config({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
-    else:
-        return {
-            "BLOCK_N": Config({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 1),
-            "BLOCK_M": Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1),
-        }
-    return {"BLOCK_N": both, "BLOCK_M": both}
+        return {"BLOCK_N": both, "BLOCK_M": both}
+    return {
+        "BLOCK_N": Config({"BLOCK_M": 16 if dropout else 32, "BLOCK_N": 64}, 4, 1),
+        "BLOCK_M": Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 1),
+    }
 
 
 def bias_config(width: int, dtype: torch.dtype) -> Config:
     """Blocks of the kernel of positions and table."""
     if dtype == torch.float32:
-        return exact_config(width)
+        return EXACT_CONFIG if width < 64 else EXACT_CONFIG._replace(num_warps=4)
     return Config({"BLOCK_M": 64 if width <= 64 else 32, "BLOCK_N": 32}, 8, 1)
 
 
@@ -102,10 +101,10 @@ def rowdots(grad: Tensor, unscaled: Tensor) -> Tensor:
     """Sum of dy * o of every row: float32 [B, H, S]."""
     batch, heads, queries, width = grad.shape
     rowdot = torch.empty(batch, heads, queries, dtype=torch.float32, device=grad.device)
-    config = Config({"BLOCK_M": 64}, 4, 1)
+    config = Config({"BLOCK_M": 64 if width <= 64 else 32}, 4, 1)
     launch(
         attention_rowdot_kernel,
-        (triton.cdiv(queries, 64), heads, batch),
+        (triton.cdiv(queries, config.blocks["BLOCK_M"]), heads, batch),
         config,
         (grad, unscaled, rowdot, *grad.stride()[:3], *unscaled.stride()[:3], *rowdot.stride()[:2],
          queries),
@@ -125,7 +124,7 @@ class Chunk(NamedTuple):
     def content(self, grads: Gradients) -> None:
         """Write dq, dk and dv."""
         x = self.x
-        blocks = content_config(x.query.shape[-1], x.query.dtype)
+        blocks = content_config(x.query.shape[-1], x.query.dtype, x.seed is not None)
         for kernel, length, block, outputs in (
             (attention_keys_kernel, x.max_keys, "BLOCK_N", (grads.key, grads.value)),
             (attention_queries_kernel, x.max_queries, "BLOCK_M", (grads.query,)),
@@ -137,17 +136,20 @@ class Chunk(NamedTuple):
     def bias(self, grads: Gradients, deterministic: bool) -> None:
         """Write dpq and dpk, or add to them where sequences share positions; add to the table's."""
         x = self.x
-        config = bias_config(x.query.shape[-1], x.query.dtype)
-        for of_keys, length, block, position in (
-            (False, x.max_queries, "BLOCK_M", grads.position_query),
-            (True, x.max_keys, "BLOCK_N", grads.position_key),
-        ):
-            if of_keys and position is None:
+        width, dtype = x.query.shape[-1], x.query.dtype
+        config = bias_config(width, dtype)
+        passes = [(False, grads.position_query, grads.table), (True, grads.position_key, None)]
+        if dtype == torch.float32 and width > 64:  # both at once would spill registers
+            passes[:1] = [(False, grads.position_query, None), (False, None, grads.table)]
+        for of_keys, position, total in passes:
+            if position is None and total is None:
                 continue
+            block = "BLOCK_N" if of_keys else "BLOCK_M"
+            length = x.max_keys if of_keys else x.max_queries
             blocks = triton.cdiv(length, config.blocks[block])
             group = self.group(blocks) if x.shared else 1
             groups = triton.cdiv(x.sequences, group)
-            partial, table = position, None if of_keys else grads.table
+            partial, table = position, total
             if position is not None and x.shared:
                 partial = position.new_empty(groups, *position.shape[1:])
             if table is not None and deterministic:
@@ -165,7 +167,7 @@ class Chunk(NamedTuple):
             if partial is not position:
                 position.add_(partial.sum(0, keepdim=True))
             if table is not None and deterministic:
-                grads.table.add_(table.sum(0))
+                total.add_(table.sum(0))
 
     def group(self, blocks: int) -> int:
         """Sequences a program sums over: several where the chip stays full."""

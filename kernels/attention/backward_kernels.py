@@ -261,6 +261,8 @@ def attention_bias_kernel(
 ):  # fmt: skip
     """dpq and the table's gradient of a block of queries; or (OF_KEYS) dpk of a block of keys.
 
+    Which of them is told by grad_position and grad_table being there.
+
     Sums over the sequences of a group, which share positions and codes; a group of sequences that
     do not share them has one.
     """
@@ -276,6 +278,7 @@ def attention_bias_kernel(
     if position_query is not None:
         position_query += query_batch * pq_b + head * pq_h + query_start * pq_s
         position_key += key_batch * pk_b + head * pk_h + key_start * pk_s
+    if grad_position is not None:
         grad_position += head * gp_h
         if PACKED:
             grad_position += (key_start if OF_KEYS else query_start) * gp_s
@@ -285,15 +288,15 @@ def attention_bias_kernel(
         table += head * table_size
         query_codes += query_batch * qc_b + query_start
         key_codes += key_batch * kc_b + key_start
-        if not OF_KEYS:
-            grad_table += head * table_size
-            if DETERMINISTIC:
-                program = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-                grad_table += program * num_heads * table_size
+    if grad_table is not None:
+        grad_table += head * table_size
+        if DETERMINISTIC:
+            program = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            grad_table += program * num_heads * table_size
     factor = 1.0
     if head_scale is not None:
         factor = tl.load(head_scale + head).to(tl.float32)
-    if position_query is not None:
+    if grad_position is not None:
         found = tl.zeros([BLOCK_N if OF_KEYS else BLOCK_M, WIDTH], tl.float32)
     first = 0
     last = length if OF_KEYS else total
@@ -350,18 +353,18 @@ def attention_bias_kernel(
             plane = ((batch + first_sequence) * num_heads + head).to(tl.int32)
             dp = drop(dp, seed, rows[:, None], columns[None, :], plane, dropout)
             summed += weights * (dp - delta[:, None])
-        if position_query is not None:
+        if grad_position is not None:
             if OF_KEYS:
                 found = dot(tl.trans(summed.to(pq.dtype)), pq, found)
             else:
                 found = dot(summed.to(pk.dtype), pk, found)
-        if table is not None and not OF_KEYS:
+        if grad_table is not None:
             # -1 at places outside the sequence, whose codes, read as 0, could name a real entry.
             index = tl.where(
                 (rows[:, None] < length) & (columns[None, :] < total), row_codes - column_codes, -1
             )
             scatter(summed, index, grad_table, table_size, DETERMINISTIC)
-    if position_query is not None:
+    if grad_position is not None:
         mine = owned + tl.arange(0, BLOCK_N if OF_KEYS else BLOCK_M)
         place = mine[:, None] * gp_s + tl.arange(0, WIDTH)[None, :]
         tl.store(

@@ -208,20 +208,18 @@ def attention_decode_kernel(
     tl.store(place, result.to(output.dtype.element_ty))
 
 
-def exact_config(width: int) -> Config:
-    """Blocks of every kernel in float32, whose exact products run without tensor cores."""
-    block = 32 if width <= 32 else 16
-    return Config({"BLOCK_M": block, "BLOCK_N": block}, 8, 1)
+# Blocks of every kernel in float32, whose exact products run without tensor cores.
+EXACT_CONFIG = Config({"BLOCK_M": 16, "BLOCK_N": 16}, 8, 1)
 
 
-def forward_config(queries: int, width: int, dtype: torch.dtype) -> Config:
+def forward_config(queries: int, width: int, dtype: torch.dtype, dropout: bool) -> Config:
     """Blocks for a number of queries: few of them do not fill 64 rows."""
     if dtype == torch.float32:
-        return exact_config(width)
-    if width > 64:
-        return Config({"BLOCK_M": 16 if queries <= 16 else 32, "BLOCK_N": 32}, 4, 1)
-    block = 16 if queries <= 16 else 32 if queries <= 32 else 64
-    return Config({"BLOCK_M": block, "BLOCK_N": 64}, 4, 2)
+        return EXACT_CONFIG
+    block = 16 if queries <= 16 else 32 if queries <= 32 or width > 64 else 64
+    if width == 64 and not dropout:
+        return Config({"BLOCK_M": block, "BLOCK_N": 64}, 4, 2)
+    return Config({"BLOCK_M": block, "BLOCK_N": 32}, 4, 1)
 
 
 DECODE_CONFIG = Config({"BLOCK_N": 32}, 4, 2)
@@ -237,7 +235,7 @@ def attention_forward(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     output = x.new_output()
     unscaled = x.new_output() if x.head_scale is not None else output.new_empty(0)
     statistics = torch.empty(2, batch, heads, queries, dtype=torch.float32, device=output.device)
-    config = forward_config(x.max_queries, width, x.query.dtype)
+    config = forward_config(x.max_queries, width, x.query.dtype, x.seed is not None)
     launch(
         attention_forward_kernel,
         (triton.cdiv(x.max_queries, config.blocks["BLOCK_M"]), heads, x.sequences),
