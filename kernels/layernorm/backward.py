@@ -33,14 +33,15 @@ CONFIGS = {
 }
 
 
-def backward_config(width: int, drops: bool) -> Config:
+def backward_config(width: int, narrow: bool) -> Config:
     """The tuned configuration of a width, else tiles of about 2048 elements.
 
-    drops: random numbers are drawn again, whose registers take the place of a second row.
+    narrow: one row a tile, where float32 or drawing random numbers again takes the registers of a
+    second one.
     """
     if width in CONFIGS:
         config = CONFIGS[width]
-        return config._replace(blocks=config.blocks | {"ROWS": 1}) if drops else config
+        return config._replace(blocks=config.blocks | {"ROWS": 1}) if narrow else config
     block = triton.next_power_of_2(width)
     rows = min(32, max(1, 2048 // block))
     blocks = {"ROWS": rows, "BLOCK": block, "STAGES": 1}
@@ -180,7 +181,8 @@ def _launch(
     dy, x = flat_rows(dy), flat_rows(x)
     dtotal = None if dtotal is None else flat_rows(dtotal)
     rows, width = x.shape
-    config = backward_config(width, dropout > 0.0 or drop_path > 0.0)
+    drops = dropout > 0.0 or drop_path > 0.0
+    config = backward_config(width, drops or x.dtype == torch.float32)
     programs = program_count(rows, x.element_size(), config, x.device)
     partials = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     launch(
