@@ -6,6 +6,7 @@ import functools
 import logging
 
 import torch
+from torch import Tensor
 
 from unival.kernels.triton_tools import launch
 
@@ -33,6 +34,14 @@ def resolve_backend(op: str, backend: str, device: torch.device, known: tuple[st
             "NVIDIA GPU, or TRITON_INTERPRET=1 in the environment before Python starts"
         )
     return backend
+
+
+def check_values(fine: Tensor, message: str) -> None:
+    """ValueError where `fine` (bool, 0-d) is false; on a GPU an assertion there, without a wait."""
+    if fine.device.type != "cpu":
+        torch._assert_async(fine, message)
+    elif not bool(fine):
+        raise ValueError(message)
 
 
 def log_once(message: str) -> None:

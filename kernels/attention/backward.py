@@ -15,7 +15,7 @@ from unival.kernels.attention.backward_kernels import (
     attention_rowdot_kernel,
 )
 from unival.kernels.attention.forward import EXACT_CONFIG
-from unival.kernels.attention.inputs import Gradients, Inputs
+from unival.kernels.attention.inputs import Gradients, Inputs, empty_heads
 from unival.kernels.triton_tools.launch import Config, launch, level_two_cache, multiprocessors
 
 # Sequences are walked in chunks whose tensors stay in the second-level cache, so that the kernels
@@ -53,8 +53,8 @@ def attention_backward(
     summed = torch.float32 if x.shared else x.query.dtype
     grads = Gradients(
         x.new_output(),
-        _like_transposed(x.key),
-        _like_transposed(x.value),
+        empty_heads(x.key),
+        empty_heads(x.value),
         _zeros(x.position_query, summed),
         _zeros(x.position_key, summed),
         _zeros(x.table, torch.float32),
@@ -85,12 +85,6 @@ def attention_backward(
         if x.position_query is not None or x.table is not None:
             chunk.bias(part, deterministic)
     return grads
-
-
-def _like_transposed(x: Tensor) -> Tensor:
-    """[B, H, T, d] in the memory order [B, T, H, d]."""
-    batch, heads, length, width = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
 def _zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

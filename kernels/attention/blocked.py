@@ -88,7 +88,7 @@ class Block:
     rows: slice
 
     def of(self, x: Tensor) -> Tensor:
-        """The block's part of a [B or 1, H, S, ...] tensor, contiguous."""
+        """The block's part of a [B or 1, H, S, ...] tensor, a view."""
         batch = slice(None) if len(x) == 1 else self.batch
         return x[batch, :, self.rows]
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unival.kernels.attention.relative import RelativeBias
+from unival.kernels.backend import check_values
 
 WIDTHS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -174,10 +175,7 @@ def check_packed(
             f"{name}: wanted starts that grow from 0 to the packed length {length}, and no "
             f"sequence longer than max_seqlen {longest}"
         )
-        if starts.device.type != "cpu":
-            torch._assert_async(fine, message)
-        elif not bool(fine):
-            raise ValueError(message)
+        check_values(fine, message)
     if cu_seqlens_q.numel() != cu_seqlens_k.numel():
         raise ValueError(
             f"cu_seqlens_k: {cu_seqlens_k.numel() - 1} sequences; cu_seqlens_q has "

@@ -8,6 +8,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+def empty_heads(like: Tensor) -> Tensor:
+    """New [B, H, S, d] in the memory order [B, S, H, d]."""
+    batch, heads, length, width = like.shape
+    return like.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Checked arguments of an attention (see op.py), as kernels take them.
@@ -53,9 +59,8 @@ class Inputs:
         return all(x is None or len(x) == 1 for x in (self.position_query, self.query_codes))
 
     def new_output(self) -> Tensor:
-        """[B, H, S, d] in the memory order [B, S, H, d], which the next linear map wants."""
-        batch, heads, length, width = self.query.shape
-        return self.query.new_empty(batch, length, heads, width).transpose(1, 2)
+        """Memory for the output, as the next linear map wants it."""
+        return empty_heads(self.query)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that scores depend on, in the order of the kernels."""

@@ -13,7 +13,7 @@ from unival.kernels.attention.backward import attention_backward
 from unival.kernels.attention.blocked import backward_blocked, forward_blocked, wide_dtype
 from unival.kernels.attention.flash import flash_attention
 from unival.kernels.attention.forward import attention_decode, attention_forward
-from unival.kernels.attention.inputs import Inputs
+from unival.kernels.attention.inputs import Inputs, empty_heads
 from unival.kernels.attention.reference import attention_reference
 from unival.kernels.attention.relative import RelativeBias
 from unival.kernels.backend import log_once, resolve_backend
@@ -171,7 +171,7 @@ def _decode(
 
 @_decode.register_fake
 def _(query: Tensor, *_: Any) -> Tensor:
-    return _fake_output(query)
+    return empty_heads(query)
 
 
 @torch.library.custom_op("unival::attention_forward", mutates_args=())
@@ -209,8 +209,8 @@ def _forward(
 @_forward.register_fake
 def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     head_scale, backend = rest[7], rest[-1]
-    output = _fake_output(query)
-    unscaled = output.new_empty(0) if head_scale is None else _fake_output(query)
+    output = empty_heads(query)
+    unscaled = output.new_empty(0) if head_scale is None else empty_heads(query)
     dtype = torch.float32 if backend == "triton" else wide_dtype(query.dtype)
     return output, unscaled, query.new_empty(2, *query.shape[:3], dtype=dtype)
 
@@ -266,16 +266,10 @@ def _(grad: Tensor, unscaled: Tensor, statistics: Tensor, *rest: Any) -> list[Te
         if like is None:
             found.append(grad.new_empty(0))
         elif backend == "triton" and index < 3:
-            found.append(_fake_output(like))
+            found.append(empty_heads(like))
         else:
             found.append(like.new_empty(like.shape))
     return found
-
-
-def _fake_output(like: Tensor) -> Tensor:
-    """[B, H, S, d] in the memory order [B, S, H, d]."""
-    batch, heads, length, width = like.shape
-    return like.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

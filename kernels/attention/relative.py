@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from unival.kernels.backend import check_values
+
 
 class RelativeBias(NamedTuple):
     """A bias for pairs of tokens: table[h, query_code - key_code], 0 outside the table.
@@ -73,7 +75,7 @@ class RelativeLayout:
         if slot is not None and not self.start_slot:
             raise ValueError("slot: this layout has no start slot")
         inside = (row >= 0) & (row < self.rows) & (column >= 0) & (column < self.columns)
-        _check(
+        check_values(
             (inside | free).all(),
             f"row, column: coordinates outside the table's grid of {self.rows} x {self.columns}",
         )
@@ -88,7 +90,7 @@ class RelativeLayout:
         Raises:
             ValueError: a position outside 0..text-1 (on a GPU: an assertion on the device).
         """
-        _check(
+        check_values(
             ((position >= 0) & (position < self.text)).all(),
             f"position: outside the table's text of {self.text} positions",
         )
@@ -120,11 +122,3 @@ class RelativeLayout:
             unused = self.text_start - self.grid_size - 2 * cells - 1
             parts += [slot.new_zeros(unused, heads), slot[2:]]
         return torch.cat([*parts, text]).T.contiguous()
-
-
-def _check(fine: Tensor, message: str) -> None:
-    if fine.device.type == "cpu":
-        if not bool(fine):
-            raise ValueError(message)
-    else:
-        torch._assert_async(fine, message)

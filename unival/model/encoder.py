@@ -23,6 +23,8 @@ from unival.model.positions import (
     grid_cells,
     image_positions,
     num_grid_buckets,
+    offset_buckets,
+    slot_buckets,
     text_buckets,
     video_positions,
 )
@@ -93,13 +95,12 @@ class RelativeTables(nn.Module):
         """Per layer, the biases by offset [H, L] in the order of a layout."""
         device = self.text_bucket.device
         text = self.text_bucket[layout.text_offsets(device) + self.max_positions - 1]
-        side = 2 * self.grid - 1
         grid = slot = None
         if layout.rows:
-            row, column = layout.grid_offsets(device)
-            grid = side * (row + self.grid - 1) + column + self.grid - 1
+            grid = offset_buckets(*layout.grid_offsets(device), self.grid)
         if layout.start_slot:
-            slot = torch.arange(side * side, side * side + 3, device=device)
+            slots = slot_buckets(self.grid)
+            slot = torch.arange(slots.start, slots.stop, device=device)
         return [
             layout.table(
                 text_table(text),

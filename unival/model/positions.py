@@ -32,6 +32,16 @@ def num_grid_buckets(grid: int) -> int:
     return (2 * grid - 1) ** 2 + 3
 
 
+def offset_buckets(dy: Tensor, dx: Tensor, grid: int) -> Tensor:
+    """Bucket of a row and column offset, query minus key, between cells of the grid."""
+    return (2 * grid - 1) * (dy + grid - 1) + dx + grid - 1
+
+
+def slot_buckets(grid: int) -> range:
+    """Buckets of the BOS slot: as query, as key, as both."""
+    return range(num_grid_buckets(grid) - 3, num_grid_buckets(grid))
+
+
 def grid_buckets(query: Tensor, key: Tensor, grid: int) -> Tensor:
     """Bucket of the 2-D offset between grid positions.
 
@@ -43,15 +53,13 @@ def grid_buckets(query: Tensor, key: Tensor, grid: int) -> Tensor:
     Returns:
         int64 [..., S, T].
     """
-    side = 2 * grid - 1
     q, k = query.unsqueeze(-1), key.unsqueeze(-2)
     (query_row, query_column), (key_row, key_column) = grid_cells(q, grid), grid_cells(k, grid)
-    dy, dx = query_row - key_row, query_column - key_column
-    bucket = side * (dy + grid - 1) + dx + grid - 1
-    bos = side * side
-    bucket = torch.where(q == 0, bos, bucket)
-    bucket = torch.where(k == 0, bos + 1, bucket)
-    return torch.where((q == 0) & (k == 0), bos + 2, bucket)
+    bucket = offset_buckets(query_row - key_row, query_column - key_column, grid)
+    as_query, as_key, as_both = slot_buckets(grid)
+    bucket = torch.where(q == 0, as_query, bucket)
+    bucket = torch.where(k == 0, as_key, bucket)
+    return torch.where((q == 0) & (k == 0), as_both, bucket)
 
 
 def image_positions(height: int, width: int, grid: int, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ class Criterion:
     """Options of the loss (data_and_recipes: pretraining uses label_smoothing 0).
 
     log_end turns the encouraging loss on (captioning and video QA: 0.75). drop_worst_ratio acts
-    drop_worst_after updates. constraint_range limits the vocabulary (image codes: 50265,
+    after drop_worst_after updates. constraint_range limits the vocabulary (image codes: 50265,
     58457).
     """
 

@@ -107,7 +107,7 @@ class Run:
     evaluate_before  measure the first model too
     media_cache_mb   keeps decoded media of deterministic transforms
     recompute        keep of each transformer layer only attention's results; backward makes the
-                     rest again: a quarter of the memory, about a sixth more operations
+                     rest again, all matrix products but those of scores and values
     checkpoint_every steps between checkpoints; keep: how many remain
     """
 
