@@ -30,6 +30,7 @@ setup(
         "torch>=2.9",
         "torchvision>=0.24",
         "triton>=3.5",
+        "nvidia-dali-cuda130>=2.0",
         "timm>=1.0.20",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
@@ -47,6 +48,7 @@ setup(
     ],
     extras_require={
         "eval": ["pycocoevalcap>=1.2"],
+        "video": ["torchcodec>=0.8"],
         "demo": ["pycocoevalcap>=1.2", "matplotlib>=3.9"],
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pycocoevalcap>=1.2", "matplotlib>=3.9"],
     },

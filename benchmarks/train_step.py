@@ -3,13 +3,14 @@
     python benchmarks/train_step.py --config unival_base --device cpu --batch 4 --image 384
     python benchmarks/train_step.py --config unival_tiny --medium image video audio --json out.json
 
-A step is what training does: decode and collate a batch from the files of samples/, move it, run
-the media encoders, the language model's encoder and decoder, the loss over the whole vocabulary,
-the backward pass, and the optimizer (gradient clipping and fused AdamW). With several media every
-medium is one micro-batch of the step. Text is random ids of the given lengths.
+A step is what training does: take a batch from the files of samples/, move it, run the media
+encoders, the language model's encoder and decoder, the loss over the whole vocabulary, the backward
+pass, and the optimizer (gradient clipping and fused AdamW). With several media every medium is one
+micro-batch of the step. Text is random ids of the given lengths.
 
-Here the parts run one after the other. In training a thread decodes the next step's batch
-meanwhile, so training waits for less than the decode time printed here.
+As in training, the next step's batches are decoded and collated beside the step. `data_wait` is
+what the step waits for them; the line `decoding` says what they take when nothing runs beside them.
+On a CPU both share the cores: what the step does not wait for, its other parts pay for.
 
 On a GPU each part ends with a synchronization; the step is timed once more without these. With
 --dtype bf16 weights and optimizer state are bf16: the float32 master copy of DeepSpeed is no part
@@ -35,6 +36,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +46,8 @@ import flops
 import torch
 from torch import Tensor, nn
 
-from unival.data.batch import MEDIUM_KEYS, MediaOptions, collate, load_media
+from unival.data.batch import MEDIUM_KEYS, collate
+from unival.data.media import Loading, MediaLoader, MediaOptions
 from unival.data.records import Origin, Record
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
@@ -55,7 +58,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS = {"image": "caption", "video": "video_caption", "audio": "audio_caption"}
 PARTS = (
-    "decode",
+    "data_wait",
     "transfer",
     "image_encoder",
     "video_encoder",
@@ -117,6 +120,10 @@ class Samples:
             video_frames=args.frames,
             audio_samples=args.audio,
         )
+        device = "gpu" if args.device == "cuda" else "cpu"
+        self.loader = MediaLoader(self.options, Loading(device=device))
+        self.worker = ThreadPoolExecutor(max_workers=1)
+        self.prepared: list[Future[dict[str, Tensor]]] = []
         self.rng = random.Random(0)
         self.next: dict[str, int] = defaultdict(int)
         self.records: dict[str, list[Record]] = defaultdict(list)
@@ -135,17 +142,30 @@ class Samples:
 
     def batch(self, medium: str) -> dict[str, Tensor]:
         """Decode and collate the next rows of a medium."""
-        media, found = [], self.records[medium]
+        found, chosen = self.records[medium], []
         for _ in range(self.args.batch if medium != "text" else 0):
-            record = found[self.next[medium] % len(found)]
-            media.append(load_media(record, self.options, self.rng)[0])
+            chosen.append(found[self.next[medium] % len(found)])
             self.next[medium] += 1
+        media = [loaded.tensor for loaded in self.loader.load(chosen, [""] * len(chosen))]
         rows = []
         for index in range(self.args.batch):
             target = self._words(self.args.target)
             source = [0, *self._words(self.args.text - 2), 2]
             rows.append((Example(source, [0, *target[:-1]], target), index))
         return collate(rows, media, medium)
+
+    def prepare(self) -> None:
+        """Begin with the micro-batches of the next step."""
+        self.prepared += [self.worker.submit(self.batch, medium) for medium in self.args.medium]
+
+    def take(self) -> dict[str, Tensor]:
+        """The next micro-batch, as soon as it is ready."""
+        return self.prepared.pop(0).result()
+
+    def close(self) -> None:
+        """End what is being prepared."""
+        self.worker.shutdown(cancel_futures=True)
+        self.loader.close()
 
 
 class Step:
@@ -177,9 +197,11 @@ class Step:
         clock = self.clock
         clock.seconds.clear()
         start = clock.now()
-        for medium in self.args.medium:
-            with clock.part("decode"):
-                tensors = self.samples.batch(medium)
+        for number in range(len(self.args.medium)):
+            with clock.part("data_wait"):
+                tensors = self.samples.take()
+            if number == 0:
+                self.samples.prepare()
             self._micro_batch(tensors)
         with clock.part("optimizer"):
             nn.utils.clip_grad_norm_(self.trained, CLIP_NORM)
@@ -314,6 +336,8 @@ def measure(args: argparse.Namespace, config: UnivalConfig) -> dict[str, Any]:
     """Warm up, time the steps, and describe the result."""
     machine = describe_machine(torch.device(args.device))
     step = Step(args, config)
+    decoding = decode_seconds(step.samples)
+    step.samples.prepare()
     for _ in range(args.warmup):
         step.run()
     if step.device.type == "cuda":
@@ -321,29 +345,43 @@ def measure(args: argparse.Namespace, config: UnivalConfig) -> dict[str, Any]:
     wall, busy = time.perf_counter(), time.process_time()
     runs = [step.run() for _ in range(args.steps)]
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
-    compute = [seconds - parts["decode"] for seconds, parts in runs]
+    compute = [seconds - parts["data_wait"] for seconds, parts in runs]
     if step.device.type == "cuda":
         compute = [free_step(step) for _ in range(args.steps)]
+    step.samples.close()
     return {
         "machine": machine,
         "command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
         "options": {key: value for key, value in vars(args).items() if key != "json"},
         "cores_busy": busy / wall,
+        "decode_seconds": decoding,
         **summarize(step, runs, compute),
     }
 
 
+def decode_seconds(samples: Samples, tries: int = 3) -> float:
+    """The median time to decode and collate the micro-batches of a step, nothing beside it."""
+    found = []
+    for _ in range(tries + 1):  # the first one starts processes and builds graphs
+        start = time.perf_counter()
+        for medium in samples.args.medium:
+            samples.batch(medium)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[1:])
+
+
 def free_step(step: Step) -> float:
     """Seconds of a step on batches decoded before, without synchronization between its parts."""
-    batches = [step.samples.batch(medium) for medium in step.args.medium]
-    waiting = iter(batches)
-    step.samples.batch = lambda _: next(waiting)  # type: ignore[method-assign]
+    for waiting in step.samples.prepared:
+        waiting.result()
+    prepare, step.samples.prepare = step.samples.prepare, lambda: None  # type: ignore[method-assign]
     step.clock.by_part = False
     try:
         return step.run()[0]
     finally:
         step.clock.by_part = True
-        del step.samples.batch  # the method is back
+        step.samples.prepare = prepare  # type: ignore[method-assign]
+        prepare()
 
 
 def table(report: dict[str, Any]) -> str:
@@ -371,7 +409,8 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         line("between parts", report["unattributed_seconds"]),
         line("step", total),
-        line("without decode", compute, report["flops"], share),
+        line("without waiting", compute, report["flops"], share),
+        line("decoding", report["decode_seconds"]) + "  beside the step",
         "",
         f"peak: {peak['flops_per_second'] / 1e9:.1f} GFLOP/s, product of two "
         f"{peak['size']} x {peak['size']} matrices of {peak['dtype']}, measured in this run",

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoProcessor
 
 from unival.auto import register
-from unival.data.batch import MediaOptions, load_media, normalize
+from unival.data.batch import normalize
+from unival.data.media import MediaOptions, load_media
 from unival.data.records import Origin, Record
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration

@@ -30,6 +30,54 @@ def _make_samples(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _data(arguments: argparse.Namespace) -> int:
+    """0 if all is good, 1 if something is bad, 2 if it could not run, 130 after Ctrl-C."""
+    try:
+        return int(arguments.action(arguments) > 0)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"unival data: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("unival data: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _rows(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from unival.data.tools.inputs import Rows
+
+    return Rows(arguments.layout, arguments.medium, arguments.media_root)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from unival.data.tools.check import check
+
+    return check(arguments.paths, _rows(arguments), arguments.json, arguments.seconds)
+
+
+def _shard(arguments: argparse.Namespace) -> int:
+    from unival.data.tools.shard import shard
+
+    limits = (arguments.samples_per_shard, arguments.max_bytes)
+    return shard(arguments.paths, arguments.out, _rows(arguments), *limits)
+
+
+def _reencode(arguments: argparse.Namespace) -> int:
+    from unival.data.tools.encode import Target
+    from unival.data.tools.reencode import reencode
+
+    jpeg = arguments.frames is not None
+    if (jpeg and arguments.audio) or (not jpeg and arguments.fps is not None):
+        raise ValueError("--fps is for --frames jpeg, whose films hold no sound")
+    target = Target(arguments.size, arguments.gop, jpeg, arguments.fps, arguments.audio)
+    return reencode(arguments.paths, arguments.out, target, _rows(arguments))
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from unival.data.tools.stats import stats
+
+    return stats(arguments.paths, _rows(arguments), arguments.out)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from unival.evaluation.report import write_report
 
@@ -75,7 +123,7 @@ def _run_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 def _generate(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from unival.data.batch import MediaOptions
+    from unival.data.media import MediaOptions
     from unival.generation.generate import generate_answer
 
     run = _run_of(arguments)
@@ -108,7 +156,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import json
     from dataclasses import asdict
 
-    from unival.data.batch import MediaOptions
+    from unival.data.media import MediaOptions
     from unival.evaluation.runner import evaluate
     from unival.training.batches import open_sources, read_answers
 
@@ -120,6 +168,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         open_sources(run),
         arguments.tasks,
         MediaOptions(**asdict(run.media)),
+        loading=run.loading,
         answers=read_answers(run),
         fine_tuned=arguments.tasks if arguments.fine_tuned else [],
         folder=arguments.out,
@@ -135,6 +184,55 @@ def _box(text: str) -> tuple[float, float, float, float]:
     if len(values) != 4:
         raise argparse.ArgumentTypeError("a box is x0,y0,x1,y1")
     return values  # type: ignore[return-value]
+
+
+def _positive(kind: type[int] | type[float]):  # type: ignore[no-untyped-def]
+    def number(text: str) -> float:
+        if not 0 < kind(text) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return kind(text)
+
+    return number
+
+
+def _add_data(data: argparse.ArgumentParser) -> None:
+    actions = data.add_subparsers(required=True, metavar="action")
+
+    def action(name: str, run: Callable[[argparse.Namespace], int], text: str, medium: str = ""):  # type: ignore[no-untyped-def]
+        sub = actions.add_parser(name, help=text, description=text)
+        sub.set_defaults(action=run)
+        if medium:
+            sub.add_argument("paths", type=Path, nargs="+", help="files and folders")
+            sub.add_argument("--layout", default="pretrain", help="columns of a .tsv")
+            sub.add_argument("--medium", default=medium, help="what a .tsv's rows show")
+            sub.add_argument("--media-root", type=Path, help="where a .tsv's paths start")
+        return sub
+
+    samples = action("make-samples", _make_samples, "make the tables and shards of the samples")
+    samples.add_argument("--source", type=Path, default=Path("samples"))
+    samples.add_argument("--out", type=Path, required=True)
+
+    check = action("check", _check, "decode everything and name what is bad", "image")
+    check.add_argument("--json", type=Path, help="results, a line each; kept by the next run")
+    check.add_argument("--seconds", type=_positive(float), default=120.0, help="for one medium")
+
+    shard = action("shard", _shard, "write tables, folders or COCO JSON as tar shards", "image")
+    shard.add_argument("--out", type=Path, help="not needed to index tars")
+    size = shard.add_mutually_exclusive_group()
+    size.add_argument("--samples-per-shard", type=_positive(int))
+    size.add_argument("--max-bytes", type=_positive(int), help="of a shard (1 GiB)")
+
+    reencode = action("reencode", _reencode, "encode films and pictures anew", "video")
+    reencode.add_argument("--out", type=Path, required=True)
+    reencode.add_argument("--size", type=_positive(int), required=True, help="short side, pixels")
+    form = reencode.add_mutually_exclusive_group()
+    form.add_argument("--gop", type=_positive(int), default=8, help="frames between key frames")
+    form.add_argument("--frames", choices=["jpeg"], help="films as JPEG frames")
+    reencode.add_argument("--fps", type=_positive(float), help="JPEG frames a second")
+    reencode.add_argument("--audio", action="store_true", help="films keep their sound")
+
+    stats = action("stats", _stats, "count kinds, lengths and sizes", "image")
+    stats.add_argument("--out", type=Path, required=True, help="folder of stats.json, stats.png")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -154,10 +252,7 @@ def parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "train the tiny model on the samples and write a report")
     demo.add_argument("overrides", nargs="*", help="key=value")
 
-    data = command("data", _make_samples, "make the tables and shards of the samples")
-    data.add_argument("action", choices=["make-samples"])
-    data.add_argument("--source", type=Path, default=Path("samples"))
-    data.add_argument("--out", type=Path, required=True)
+    _add_data(command("data", _data, "check, shard, re-encode and count data; make the samples"))
 
     report = command("report", _report, "write report.html of a run")
     report.add_argument("run", type=Path)

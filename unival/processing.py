@@ -14,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
-from unival.data.batch import MEDIUM_KEYS, MediaOptions, collate
+from unival.data.batch import MEDIUM_KEYS, collate
+from unival.data.media import MediaOptions
 from unival.data_gpu.audio import decode_waveform, repeat_pad, through_int16
-from unival.data_gpu.image import decode_image, image_to_tensor, resize_exact
+from unival.data_gpu.image import decode_image, exact_plan, image_to_array, render
 from unival.data_gpu.video import decode_clip, frame_indices
 from unival.tasks.base import Example
 from unival.vocabulary import BOS, EOS, Vocabulary
@@ -121,25 +122,23 @@ class UnivalProcessor(ProcessorMixin):
             picture = value.convert("RGB")
         else:
             picture = Image.fromarray(_pixels(value, 3, "an image is uint8 [H, W, 3]"))
-        return image_to_tensor(resize_exact(picture, self.options.image_size)[0])
+        return _exact(picture, self.options.image_size)
 
     def _video(self, value: Any) -> Tensor:
         """uint8 [3, F, size, size]."""
         frames, size = self.options.video_frames, self.options.video_size
         if isinstance(value, ENCODED):
-            mode = self.options.video_transform
-            mode = "exact" if mode == "random_resized_crop" else mode
-            return decode_clip(_media(value), frames, size, mode=mode)
+            mode = self.options.fixed().video_transform
+            return torch.from_numpy(decode_clip(_media(value), frames, size, mode=mode))
         clip = _pixels(value, 4, "a video is uint8 [F, H, W, 3]")
         chosen = frame_indices(frames, len(clip), "uniform", random.Random(0))
-        pictures = [resize_exact(Image.fromarray(clip[index]), size)[0] for index in chosen]
-        return torch.stack([image_to_tensor(picture) for picture in pictures], dim=1)
+        return torch.stack([_exact(Image.fromarray(clip[i]), size) for i in chosen], dim=1)
 
     def _audio(self, value: Any) -> Tensor:
         """float32 [audio_samples]."""
         samples, rate = self.options.audio_samples, self.options.audio_sample_rate
         if isinstance(value, ENCODED):
-            return decode_waveform(_media(value), samples, rate)
+            return torch.from_numpy(decode_waveform(_media(value), samples, rate))
         wave = np.asarray(value)
         if wave.ndim != 1 or not len(wave) or wave.dtype.kind != "f":
             raise ValueError(
@@ -147,8 +146,14 @@ class UnivalProcessor(ProcessorMixin):
             )
         if not np.isfinite(wave).all():
             raise ValueError("a sound holds samples that are not finite")
-        wave = wave.astype(np.float32)[:samples]
+        start = max(0, (len(wave) - samples) // 2)  # the middle, as `decode_waveform` takes
+        wave = wave.astype(np.float32)[start : start + samples]
         return torch.from_numpy(repeat_pad(through_int16(wave), samples))
+
+
+def _exact(picture: Image.Image, size: int) -> Tensor:
+    """uint8 [3, size, size]."""
+    return torch.from_numpy(image_to_array(render(picture, exact_plan(size))))
 
 
 def _media(value: bytes | str | Path) -> bytes | Path:

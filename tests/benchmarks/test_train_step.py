@@ -60,11 +60,12 @@ def check_report(report: dict, parts: set[str]) -> None:
     assert report["matmul_peak"]["flops_per_second"] > 0
     assert report["peak_memory"]["bytes"] > 0
     assert report["cores_busy"] > 0
+    assert report["decode_seconds"] > 0
     assert {"cpu", "cores", "torch", "device", "date"} <= report["machine"].keys()
 
 
 PARTS = {
-    "decode",
+    "data_wait",
     "transfer",
     "image_encoder",
     "lm_encoder",

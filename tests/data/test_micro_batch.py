@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unival.data.batch import MediaOptions, collate, load_media, normalize
+from unival.data.batch import collate, normalize
+from unival.data.media import MediaOptions, load_media, plan_image
 from unival.data.records import Origin, Record, RecordError
 from unival.tasks.base import Example
 
@@ -58,20 +59,17 @@ def test_a_medium_that_cannot_be_decoded_is_refused_with_file_and_row(kind):
         load_media(record(kind, b"garbage"), MediaOptions(), random.Random(0))
 
 
-def test_pretraining_crops_around_a_box_and_augments_without_one(monkeypatch):
-    from unival.data_gpu import image
-
-    augmented = []
-    monkeypatch.setattr(image, "rand_augment", lambda p, rng: augmented.append(1) or p)
+def test_pretraining_crops_around_a_box_and_augments_without_one():
     options = MediaOptions(image_size=48, image_transform="pretrain")
-    tensor, box = load_media(
-        record("visual_grounding", picture(400, 100), (0, 0, 4, 4)), options, random.Random(0)
-    )
+    boxed = record("visual_grounding", picture(400, 100), (0, 0, 4, 4))
+    for seed in range(20):
+        plan, box = plan_image(boxed, 400, 100, options, random.Random(seed))
+        assert box[0] == box[1] == plan.left == plan.top == 0
+        assert not plan.operations
+    plans = [plan_image(record(), 40, 20, options, random.Random(seed))[0] for seed in range(20)]
+    assert any(plan.operations for plan in plans)
+    tensor, _ = load_media(boxed, options, random.Random(0))
     assert tensor.shape == (3, 48, 48)
-    assert box[0] == box[1] == 0
-    assert not augmented
-    load_media(record(), options, random.Random(0))
-    assert augmented
 
 
 def test_films_sounds_and_texts():
@@ -160,3 +158,18 @@ def test_the_same_rng_gives_the_same_pixels():
     )
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_rows_of_one_tensor_are_not_copied_and_others_are():
+    rows = torch.arange(24.0).reshape(4, 3, 2, 1)
+    examples = [(Example([1], [0], [2]), index) for index in range(4)]
+
+    def pixels(media):
+        return collate(examples[: len(media)], media, "image")["pixel_values"]
+
+    assert pixels(list(rows)).data_ptr() == rows.data_ptr()
+    for order in ([1, 0, 2, 3], [0, 1], [0, 0, 2, 3]):
+        chosen = [list(rows)[index] for index in order]
+        found = pixels(chosen)
+        assert torch.equal(found, rows[order])
+        assert found.data_ptr() != rows.data_ptr()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unival.data.sampler import RecordStream, positions
+from unival.data.sampler import LoaderState, RecordStream
 
 
 def test_every_epoch_visits_every_record_once_in_another_order():
@@ -32,13 +32,32 @@ def test_the_order_is_pinned():
 
 @pytest.mark.parametrize(("world", "rows"), [(1, 12), (2, 6), (3, 4), (4, 3), (12, 1)])
 def test_a_step_consumes_the_same_records_for_every_world_size(world, rows):
-    stream = RecordStream(17, 3, "a")
-    for step in range(6):  # 72 records: over four epochs
-        whole = [stream.index(p) for p in positions(step, 12, 0, 1)]
-        parts = [
-            stream.index(p) for rank in range(world) for p in positions(step, rows, rank, world)
-        ]
-        assert parts == whole
+    states = [LoaderState(3) for _ in range(world)]
+    for step in range(6):
+        taken = [p for rank in range(world) for p in states[rank].take("a", rows, rank, world)]
+        assert taken == list(range(12 * step, 12 * step + 12))
+    assert all(state.samples == {"a": 72} for state in states)
+
+
+def test_the_order_goes_on_where_the_number_of_ranks_changes_in_the_middle_of_an_epoch():
+    stream, state, seen = RecordStream(23, 3, "a"), LoaderState(3), []
+    for world, steps in ((1, 3), (2, 2), (4, 3), (1, 5)):
+        for _ in range(steps):
+            ranks = [state.copy() for _ in range(world)]  # each resumes from what was saved
+            seen += [p for rank in range(world) for p in ranks[rank].take("a", 3, rank, world)]
+            assert all(rank == ranks[0] for rank in ranks)
+            state = ranks[0]
+    assert seen == list(range(3 * (3 + 4 + 12 + 5)))
+    assert sorted(stream.index(p) for p in seen[:23]) == list(range(23))
+    assert stream.epoch(46) == 2.0
+
+
+def test_sources_are_counted_apart_and_a_source_used_twice_gives_other_samples():
+    state = LoaderState(1)
+    assert state.take("a", 2, 0, 1) == range(0, 2)
+    assert state.take("b", 3, 0, 1) == range(0, 3)
+    assert state.take("a", 2, 0, 1) == range(2, 4)
+    assert state.samples == {"a": 4, "b": 3}
 
 
 def test_substitutes_are_all_the_other_records_once():
@@ -56,6 +75,6 @@ def test_wrong_arguments_are_refused():
         RecordStream(0, 1, "a")
     with pytest.raises(ValueError, match="negative"):
         RecordStream(3, 1, "a").index(-1)
-    for step, rows, rank, world in ((-1, 1, 0, 1), (0, 0, 0, 1), (0, 1, 2, 2)):
+    for rows, rank, world in ((0, 0, 1), (1, 2, 2), (1, -1, 2)):
         with pytest.raises(ValueError, match="rank"):
-            positions(step, rows, rank, world)
+            LoaderState(0).take("a", rows, rank, world)

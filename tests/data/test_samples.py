@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unival.data.batch import MediaOptions, load_media
+from unival.data.media import MediaOptions, load_media
 from unival.data.samples import TABLES, make_samples
 from unival.data.sources import open_table
 

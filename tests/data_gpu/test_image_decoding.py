@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from unival.data_gpu import image
@@ -53,11 +52,11 @@ def png_header(width, height):
 def test_bytes_and_paths_decode_alike_and_keep_the_pixels():
     picture = Image.new("RGB", (3, 2))
     picture.putpixel((2, 1), (10, 20, 30))
-    tensor = image.image_to_tensor(image.decode_image(encoded(picture)))
-    assert tensor.shape == (3, 2, 3)
-    assert tensor.dtype == torch.uint8
-    assert tensor[:, 1, 2].tolist() == [10, 20, 30]
-    assert tensor.sum() == 60
+    pixels = image.image_to_array(image.decode_image(encoded(picture)))
+    assert pixels.shape == (3, 2, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels[:, 1, 2].tolist() == [10, 20, 30]
+    assert pixels.sum() == 60
     assert image.decode_image(CAT).tobytes() == image.decode_image(CAT.read_bytes()).tobytes()
 
 
@@ -108,11 +107,10 @@ def test_missing_files_folders_and_pipes_are_refused(tmp_path):
         image.decode_image(tmp_path / "pipe.jpg")
 
 
-def test_resize_exact_scales_each_axis():
-    resized, box = image.resize_exact(Image.new("RGB", (200, 100)), 50, (20, 10, 100, 90))
-    assert resized.size == (50, 50)
-    assert box == (5, 5, 25, 45)
-    assert image.resize_exact(Image.new("RGB", (200, 100)), 50)[1] is None
+def test_the_exact_plan_scales_each_axis():
+    plan = image.exact_plan(50)
+    assert image.render(Image.new("RGB", (200, 100)), plan).size == (50, 50)
+    assert image.move_box((20, 10, 100, 90), 200, 100, plan) == (5, 5, 25, 45)
 
 
 def block(width, height, box):
@@ -126,8 +124,8 @@ def block(width, height, box):
 def test_center_crop_takes_the_middle_of_the_resized_picture():
     # 100 x 50 -> short side 400: 800 x 400, the width capped to 672; middle 384 of 672 x 400.
     # The white columns 50..100 become 336..672, thus 336 - 144 = 192..384 in the crop.
-    cropped = image.random_resize_center_crop(block(100, 50, (50, 0, 100, 50)), 384, Scripted(400))
-    pixels = np.asarray(cropped)
+    plan = image.center_crop_plan(100, 50, 384, Scripted(400))._replace(operations=())
+    pixels = np.asarray(image.render(block(100, 50, (50, 0, 100, 50)), plan))
     assert pixels.shape == (384, 384, 3)
     assert (pixels[:, :180] == 0).all()
     assert (pixels[:, 204:] == 255).all()
@@ -148,8 +146,10 @@ def test_center_crop_takes_the_middle_of_the_resized_picture():
     ],
 )
 def test_object_crop_moves_and_cuts_the_box(box, expected):
-    picture = block(400, 200, box)
-    cropped, moved = image.random_resize_object_crop(picture, box, 384, Scripted(480))
+    plan = image.object_crop_plan(400, 200, box, 384, Scripted(480))
+    assert plan.operations == ()
+    cropped = image.render(block(400, 200, box), plan)
+    moved = image.move_box(box, 400, 200, plan)
     assert moved == pytest.approx(expected)
     x0, y0, x1, y1 = (round(value) for value in moved)
     pixels = np.asarray(cropped)
@@ -167,64 +167,72 @@ def test_object_crop_moves_and_cuts_the_box(box, expected):
 def test_crops_have_their_size_whatever_the_aspect(size, shape):
     rng = random.Random(0)
     picture = Image.new("RGB", shape)
-    assert image.random_resize_center_crop(picture, size, rng).size == (size, size)
-    cropped, box = image.random_resize_object_crop(picture, (0, 0, 5, 5), size, rng)
-    assert cropped.size == (size, size)
+    plan = image.center_crop_plan(*shape, size, rng)
+    assert image.render(picture, plan).size == (size, size)
+    plan = image.object_crop_plan(*shape, (0, 0, 5, 5), size, rng)
+    assert image.render(picture, plan).size == (size, size)
+    box = image.move_box((0, 0, 5, 5), *shape, plan)
+    assert 0 <= plan.left <= plan.width - size
+    assert 0 <= plan.top <= plan.height - size
     assert 0 <= box[0] < box[2] <= size
     assert 0 <= box[1] < box[3] <= size
 
 
 def test_the_short_side_is_drawn_from_the_size_to_480():
     rng = random.Random(0)
-    sides = set()
-    for _ in range(300):
-        resized = image._random_resize(Image.new("L", (10, 10)), 470, rng)
-        sides.add(resized.size[0])
-    assert sides == set(range(470, 481))
+    plans = [image.center_crop_plan(10, 10, 470, rng) for _ in range(300)]
+    assert {plan.width for plan in plans} == set(range(470, 481))
+    assert all(plan.width == plan.height for plan in plans)
+
+
+def once(picture, name, sign=1):
+    return image.augment(picture, (image.Operation(name, sign),))
 
 
 def test_operations_against_numbers_by_hand():
     picture = Image.new("RGB", (40, 30), (100, 50, 200))
-    assert image.brightness(picture, 1).getpixel((0, 0)) == (136, 68, 255)  # 1.36 times
-    assert image.identity(picture, 1) is picture
+    assert once(picture, "brightness").getpixel((0, 0)) == (136, 68, 255)  # 1.36 times
+    assert once(picture, "identity") is picture
     dot = block(40, 30, (20, 15, 21, 16))
-    assert image.translate_x(dot, 1).getpixel((27, 15)) == (255, 255, 255)
-    assert image.translate_x(dot, -1).getpixel((13, 15)) == (255, 255, 255)
-    assert image.translate_x(dot, 1).getpixel((6, 15)) == (128, 128, 128)
-    assert image.translate_y(dot, 1).getpixel((20, 22)) == (255, 255, 255)
+    assert once(dot, "translate_x").getpixel((27, 15)) == (255, 255, 255)
+    assert once(dot, "translate_x", -1).getpixel((13, 15)) == (255, 255, 255)
+    assert once(dot, "translate_x").getpixel((6, 15)) == (128, 128, 128)
+    assert once(dot, "translate_x", -1).getpixel((33, 15)) == (128, 128, 128)
+    assert once(dot, "translate_y").getpixel((20, 22)) == (255, 255, 255)
     ramp = Image.fromarray(np.tile(np.arange(50, 90, dtype=np.uint8), (30, 1))).convert("RGB")
-    stretched = np.asarray(image.auto_contrast(ramp, 1))
+    stretched = np.asarray(once(ramp, "auto_contrast"))
     assert (stretched.min(), stretched.max()) == (0, 255)
     # Shearing moves row y by 0.21 y: the column 4 arrives at 4 + 0.21 * 24.5 = 9.1 in row 24.
     line = block(40, 30, (4, 0, 5, 30))
-    sheared = np.asarray(image.shear_x(line, 1))[24, 6:, 0]  # the grey border ends before 6
+    sheared = np.asarray(once(line, "shear_x"))[24, 6:, 0]  # the grey border ends before 6
     assert sheared.argmax() + 6 in (9, 10)
-    quarter = np.asarray(image.rotate(block(41, 41, (20, 0, 21, 41)), 1))[:, :, 0]
+    quarter = np.asarray(once(block(41, 41, (20, 0, 21, 41)), "rotate"))[:, :, 0]
     # 21 degrees counter-clockwise: 18 above the middle the line is 18 tan(21) = 6.9 to the left.
     assert abs(int(quarter[2, :21].argmax()) - 13) <= 1
 
 
-def test_rand_augment_is_repeatable_keeps_the_size_and_uses_every_operation(monkeypatch):
-    used = []
-    fakes = [
-        lambda picture, sign, name=name: used.append((name, sign)) or picture for name in range(10)
-    ]
-    monkeypatch.setattr(image, "OPERATIONS", tuple(fakes))
+def test_an_affine_rotation_is_pillows_own():
+    picture = image.decode_image(CAT)
+    for sign in (1, -1):
+        turned = picture.rotate(
+            sign * 21, resample=Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)
+        )
+        assert once(picture, "rotate", sign).tobytes() == turned.tobytes()
+
+
+def test_rand_augment_draws_every_operation_alike():
     rng = random.Random(0)
-    picture = Image.new("RGB", (8, 8))
-    for _ in range(4000):
-        image.rand_augment(picture, rng)
+    used = [operation for _ in range(4000) for operation in image.rand_augment(rng)]
     # 4000 pictures, two operations each used half of the time: 4000 uses, 400 of each.
     assert 3800 < len(used) < 4200
-    counts = [sum(name == n for n, _ in used) for name in range(10)]
+    counts = [sum(operation.name == name for operation in used) for name in image.OPERATIONS]
+    assert len(counts) == 10
     assert min(counts) > 320
     assert max(counts) < 480
-    assert 0.46 < sum(sign == 1 for _, sign in used) / len(used) < 0.54
+    assert 0.46 < sum(operation.sign == 1 for operation in used) / len(used) < 0.54
 
 
-def test_rand_augment_depends_on_rng_only():
-    picture = image.decode_image(CAT)
-    first = [image.rand_augment(picture, random.Random(s)).tobytes() for s in range(8)]
-    assert [image.rand_augment(picture, random.Random(s)).tobytes() for s in range(8)] == first
+def test_a_plan_depends_on_size_and_rng_only():
+    first = [image.center_crop_plan(64, 48, 32, random.Random(s)) for s in range(8)]
+    assert [image.center_crop_plan(64, 48, 32, random.Random(s)) for s in range(8)] == first
     assert len(set(first)) > 2
-    assert image.rand_augment(picture, random.Random(3)).size == picture.size

@@ -52,6 +52,8 @@ def step(number, stage="images", **fields):
         "lr": 1e-4,
         "memory_gib": 1.25,
         "tokens_per_second": 1234.0,
+        "data_wait": 0.04 * number,
+        "bad_samples": {"web": number - 1, "own": 0},
         "tasks": {"vqa": 4.0 / number},
     } | fields
 
@@ -113,6 +115,8 @@ def test_page_stands_alone_and_shows_everything(run):
     assert "skipped" not in page.text  # nothing was
     assert page.text.count("✓ right") == 2 and page.text.count("✗ wrong") == 1
     assert "rain" in page.text and "memory up to 1.25 GiB" in page.text
+    assert "8.0% of a logged step spent waiting for data" in page.text
+    assert "2 bad samples replaced" in page.text
     assert NASTY in page.text and f"output: {NASTY}" in page.text  # as text, not as an element
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unival.data.batch import MediaOptions
+from unival.data.media import MediaOptions
 from unival.data.records import Answer, Origin, Record, RecordError
 from unival.data.samples import make_samples
 from unival.data.sources import open_table

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from unival.data.batch import MediaOptions, collate
+from unival.data.batch import collate
+from unival.data.media import MediaOptions
 from unival.generation import generate
 from unival.generation.generate import (
     answer_list,

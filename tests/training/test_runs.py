@@ -164,29 +164,6 @@ def test_another_config_in_the_same_folder_is_refused(whole, data):
     assert "begun with another 'stages'" in done.stderr
 
 
-def test_a_bad_sample_is_named_counted_and_replaced(data, tmp_path):
-    from unival.config import load_config
-    from unival.training.batches import BatchMaker
-    from unival.training.options import Run
-    from unival.vocabulary import Vocabulary
-
-    table = (data / "vision_language_qa.tsv").read_bytes().splitlines(keepends=True)[:6]
-    fields = table[2].split(b"\t")
-    table[2] = b"\t".join([fields[0], b"/9j/AAAA", *fields[2:]])
-    broken = tmp_path / "broken.tsv"
-    broken.write_bytes(b"".join(table))
-    config = write_config(tmp_path, data, rows=6, sources={"qa": {"path": str(broken)}})
-    loaded = load_config(Run, config)
-    maker = BatchMaker(loaded, loaded.stages[0], Vocabulary(), 0, 1)
-    (batch,) = maker.step(0)
-    assert maker.bad_samples == 1
-    assert len(batch.tasks) == 12
-    assert batch.tensors["pixel_values"].isfinite().all()
-    loaded.max_bad_samples = 0
-    with pytest.raises(RuntimeError, match=r"max_bad_samples=0.*broken.tsv, row 2.*media"):
-        BatchMaker(loaded, loaded.stages[0], Vocabulary(), 0, 1).step(0)
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -2,116 +2,15 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from unival.data.records import Record, RecordError
-from unival.data_gpu import audio, image, video
-from unival.data_gpu.errors import DecodeError
-from unival.tasks.base import Box, Example
+from unival.tasks.base import Example
 from unival.vocabulary import IGNORE, PAD
 
-IMAGE_TRANSFORMS = ("exact", "pretrain")
-VIDEO_TRANSFORMS = ("exact", "center_crop_pad", "random_resized_crop")
 MEDIUM_KEYS = {"image": "pixel_values", "video": "video_values", "audio": "audio_values"}
-BOX_TOLERANCE = 1.0  # boxes are written with rounded widths: a pixel too far is no error
-
-
-@dataclass(frozen=True)
-class MediaOptions:
-    """How media become tensors. Sizes in pixels of a side, rates in Hz.
-
-    image_transform  exact: resized to image_size, whatever the aspect (fine-tuning, evaluation)
-                     pretrain: random resize and crop; RandAugment where there is no box
-    video_transform  a mode of `decode_clip`; random_resized_crop for pre-training
-    video_indices    uniform, or random as the original everywhere
-    audio_sample_rate  None keeps a file's own rate, as the released code
-    audio_random     a random piece of a longer sound instead of its beginning
-    """
-
-    image_size: int = 384
-    video_size: int = 224
-    video_frames: int = 8
-    audio_samples: int = 480_000
-    audio_sample_rate: int | None = 48_000
-    image_transform: str = "exact"
-    video_transform: str = "exact"
-    video_indices: str = "uniform"
-    audio_random: bool = False
-
-    def __post_init__(self) -> None:
-        for field, known in (
-            ("image_transform", IMAGE_TRANSFORMS),
-            ("video_transform", VIDEO_TRANSFORMS),
-            ("video_indices", video.INDICES),
-        ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field}={getattr(self, field)!r}; known: {', '.join(known)}")
-
-
-def load_media(
-    record: Record, options: MediaOptions, rng: random.Random
-) -> tuple[Tensor, Box | None]:
-    """The record's medium as a tensor, and its box in pixels of that tensor.
-
-    Returns:
-        image uint8 [3, H, W]; video uint8 [3, F, H, W]; audio float32 [L]; text uint8 [0].
-
-    Raises:
-        RecordError: the medium cannot be decoded (field media), or the box lies outside the
-            picture (field box).
-    """
-    try:
-        if record.medium == "image":
-            return _load_image(record, options, rng)
-        if record.medium == "video":
-            clip = video.decode_clip(
-                record.media,
-                options.video_frames,
-                options.video_size,
-                indices=options.video_indices,
-                mode=options.video_transform,
-                rng=rng,
-            )
-            return clip, None
-        if record.medium == "audio":
-            piece = rng if options.audio_random else None
-            rate = options.audio_sample_rate
-            return audio.decode_waveform(record.media, options.audio_samples, rate, piece), None
-    except DecodeError as error:
-        raise RecordError(record.origin, "media", str(error)) from error
-    return torch.empty(0, dtype=torch.uint8), None
-
-
-def _load_image(
-    record: Record, options: MediaOptions, rng: random.Random
-) -> tuple[Tensor, Box | None]:
-    picture = image.decode_image(record.media)
-    box = _box_inside(record, picture.width, picture.height)
-    size = options.image_size
-    if options.image_transform == "exact":
-        picture, box = image.resize_exact(picture, size, box)
-    elif box is not None:
-        picture, box = image.random_resize_object_crop(picture, box, size, rng)
-    else:
-        picture = image.random_resize_center_crop(picture, size, rng)
-        picture = image.rand_augment(picture, rng)
-    return image.image_to_tensor(picture), box
-
-
-def _box_inside(record: Record, width: int, height: int) -> Box | None:
-    if record.box is None:
-        return None
-    x0, y0, x1, y1 = record.box
-    limits = (width + BOX_TOLERANCE, height + BOX_TOLERANCE)
-    if x0 >= width or y0 >= height or x1 > limits[0] or y1 > limits[1]:
-        problem = f"{record.box} lies outside the picture of {width} x {height} pixels"
-        raise RecordError(record.origin, "box", problem)
-    return x0, y0, min(x1, float(width)), min(y1, float(height))
 
 
 def normalize(values: Tensor) -> Tensor:
@@ -130,7 +29,7 @@ def collate(
     Args:
         examples: each with the index of its medium in `media`, so that the two examples of a row
             share one encoded medium.
-        media: R tensors of one shape, as `load_media` gives them; unused for text.
+        media: R tensors of one shape, as `media.Loaded` describes them; unused for text.
         medium: image, video, audio or text.
         pad_id: fills input_ids and decoder_input_ids on the right.
 
@@ -182,5 +81,16 @@ def _stack(media: Sequence[Tensor]) -> Tensor:
     shapes = {tuple(tensor.shape) for tensor in media}
     if len(shapes) != 1:
         raise ValueError(f"media of one shape are needed, got {sorted(shapes)}")
-    stacked = torch.stack(list(media))
+    stacked = _as_one(media)
+    if stacked is None:
+        stacked = torch.stack(list(media))
     return normalize(stacked) if stacked.dtype == torch.uint8 else stacked.float()
+
+
+def _as_one(media: Sequence[Tensor]) -> Tensor | None:
+    """The tensor whose rows the media are, in order and without rest; None where there is none."""
+    whole = media[0]._base
+    if whole is None or len(whole) != len(media) or whole[0].shape != media[0].shape:
+        return None
+    same = all(one.data_ptr() == row.data_ptr() for one, row in zip(media, whole, strict=True))
+    return whole if same and whole.is_contiguous() else None

@@ -1,22 +1,39 @@
-"""Which record comes next: one seeded order for the whole world, whose only state is the step."""
+"""Which record comes next: one seeded order for the whole world, whose state is a count."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 
 import numpy as np
 
 
-def positions(step: int, rows_per_rank: int, rank: int, world_size: int) -> range:
-    """The stream positions of one rank in one step.
+@dataclass
+class LoaderState:
+    """How far a run has come in its data: all that is needed to go on with the sample that comes
+    next, with any number of ranks.
 
-    The ranks of a step hold consecutive runs, so that `world_size` ranks with `rows_per_rank` rows
-    consume together what one rank with `world_size * rows_per_rank` rows would.
+    `samples` counts, for each source, those that all ranks together have consumed.
     """
-    if not 0 <= rank < world_size or rows_per_rank < 1 or step < 0:
-        raise ValueError(f"no rank {rank} of {world_size}, {rows_per_rank} rows, step {step}")
-    start = (step * world_size + rank) * rows_per_rank
-    return range(start, start + rows_per_rank)
+
+    seed: int
+    samples: dict[str, int] = field(default_factory=dict)
+
+    def take(self, source: str, rows_per_rank: int, rank: int, world_size: int) -> range:
+        """Consume rows_per_rank samples of a source on every rank: the positions of this one.
+
+        The ranks hold consecutive runs, so that `world_size` ranks with `rows_per_rank` rows
+        consume together what one rank with `world_size * rows_per_rank` rows would.
+        """
+        if not 0 <= rank < world_size or rows_per_rank < 1:
+            raise ValueError(f"no rank {rank} of {world_size}, {rows_per_rank} rows")
+        first = self.samples.get(source, 0)
+        self.samples[source] = first + rows_per_rank * world_size
+        start = first + rank * rows_per_rank
+        return range(start, start + rows_per_rank)
+
+    def copy(self) -> LoaderState:
+        return LoaderState(self.seed, dict(self.samples))
 
 
 class RecordStream:
@@ -42,6 +59,10 @@ class RecordStream:
             raise ValueError(f"stream {self.name!r}: position {position} is negative")
         epoch, place = divmod(position, self.length)
         return int(self._permutation(epoch)[place])
+
+    def epoch(self, samples: int) -> float:
+        """Epochs in `samples` samples of the stream."""
+        return samples / self.length
 
     def substitute(self, position: int, attempt: int) -> int:
         """Another record for a position whose own cannot be decoded; attempts count from 0.

@@ -142,6 +142,12 @@ def _curves(steps: Sequence[dict]) -> str:
     peak = [s["memory_gib"] for s in steps if isinstance(s.get("memory_gib"), int | float)]
     if peak:
         facts.append(f"memory up to {max(peak):.2f} GiB")
+    waits = [s["data_wait"] for s in steps if isinstance(s.get("data_wait"), int | float)]
+    if waits:
+        facts.append(f"{sum(waits) / len(waits):.1%} of a logged step spent waiting for data")
+    bad = [sum(s["bad_samples"].values()) for s in steps if isinstance(s.get("bad_samples"), dict)]
+    if bad and max(bad):
+        facts.append(f"{max(bad)} bad samples replaced in a stage, see quarantine/")
     source = _data_url(picture, "image/svg+xml")
     return (
         f'<h2>Training</h2><figure><img alt="Loss of each task and learning rate over the steps" '

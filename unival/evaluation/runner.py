@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from unival.data.batch import MediaOptions, collate, load_media
-from unival.data.records import Answer, RecordError
+from unival.data.batch import collate
+from unival.data.media import Loading, MediaLoader, MediaOptions
+from unival.data.records import Answer, Record, RecordError
 from unival.data_gpu.image import decode_image
 from unival.evaluation.caption import caption_scores, tokenize
 from unival.evaluation.grounding import grounding_accuracy
@@ -23,7 +23,7 @@ from unival.generation.boxes import ids_to_box
 from unival.generation.generate import answer_list, inference_example, search_answers
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
-from unival.tasks.base import Box, Task
+from unival.tasks.base import Task
 from unival.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def evaluate(
     tasks: Sequence[str],
     options: MediaOptions,
     *,
+    loading: Loading | None = None,
     answers: Sequence[str] = (),
     fine_tuned: Collection[str] = (),
     batch_size: int = 16,
@@ -102,6 +103,7 @@ def evaluate(
         tables: by name; each has a length and gives records.
         tasks: keys of `unival.tasks.TASKS`.
         options: sizes of media; what is random in them is replaced by its fixed form.
+        loading: how media are decoded; the default if None.
         answers: the data set's answers, for tasks that choose from a list.
         fine_tuned: tasks that are asked as in fine-tuning.
         batch_size: items searched at once.
@@ -119,18 +121,21 @@ def evaluate(
     unknown = [name for name in (*tasks, *fine_tuned) if name not in TASKS]
     if unknown:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-    options = fixed_options(options)
+    options = options.fixed()
     catalogue = Catalogue.scan(tables)
     result = Evaluation()
     training = model.training
     model.eval()
     try:
-        for name in tasks:
-            run = TaskRun(TASKS[name], model, vocabulary, options, name in fine_tuned, folder)
-            items, run.skipped = task_items(run.task, catalogue, vocabulary, seed, limit)
-            run.answer_all(items, answers, batch_size, progress)
-            result.metrics[name] = run.metrics()
-            result.predictions += run.predictions
+        with MediaLoader(options, loading or Loading()) as loader:
+            for name in tasks:
+                run = TaskRun(
+                    TASKS[name], model, vocabulary, loader, options, name in fine_tuned, folder
+                )
+                items, run.skipped = task_items(run.task, catalogue, vocabulary, seed, limit)
+                run.answer_all(items, answers, batch_size, progress)
+                result.metrics[name] = run.metrics()
+                result.predictions += run.predictions
     finally:
         model.train(training)
     if catalogue.unreadable:
@@ -138,16 +143,9 @@ def evaluate(
     return result
 
 
-def fixed_options(options: MediaOptions) -> MediaOptions:
-    """The same sizes without anything random."""
-    video = options.video_transform
-    return replace(
-        options,
-        image_transform="exact",
-        video_transform="exact" if video == "random_resized_crop" else video,
-        video_indices="uniform",
-        audio_random=False,
-    )
+def _key(record: Record) -> tuple:
+    """The same for records that show the same medium and box."""
+    return record.media_key, record.box
 
 
 @dataclass
@@ -157,6 +155,7 @@ class TaskRun:
     task: Task
     model: UnivalForConditionalGeneration
     vocabulary: Vocabulary
+    loader: MediaLoader
     options: MediaOptions
     fine_tuning: bool
     folder: Path | None
@@ -183,31 +182,34 @@ class TaskRun:
                 progress(self.task.name, start, len(items))
 
     def _answer_batch(self, items: list[Item], choices: object) -> None:
-        media: dict[tuple, tuple[int, Tensor, Box | None]] = {}
+        tensors: dict[tuple, Tensor] = {}
+        records = {_key(item.record): item.record for item in items}
+        loaded = self.loader.load(list(records.values()), [""] * len(records))
+        media = dict(zip(records, loaded, strict=True))
         asked, examples = [], []
         for item in items:
-            key = (item.record.media_key, item.record.box)
+            key = _key(item.record)
+            found = media[key]
             try:
                 self._check_truth(item)
-                if key not in media:
-                    tensor, box = load_media(item.record, self.options, random.Random(0))
-                    media[key] = (len(media), tensor, box)
+                if isinstance(found, RecordError):
+                    raise found
                 source = item.source or self.task.prompt(
-                    item.record, self.vocabulary, media[key][2], self.fine_tuning
+                    item.record, self.vocabulary, found.box, self.fine_tuning
                 )
             except RecordError as error:
                 logger.warning("not evaluated: %s", error)
                 self.skipped += 1
                 continue
-            asked.append((item, source, media[key][1]))
+            tensors.setdefault(key, found.tensor)
+            asked.append((item, source, found.tensor))
             example = inference_example(self.task, source, self.fine_tuning)
-            examples.append((example, media[key][0]))
+            examples.append((example, list(tensors).index(key)))
         if not asked:
             return
-        tensors = [tensor for _, tensor, _ in media.values()]
-        batch = collate(examples, tensors, items[0].record.medium)
-        found = search_answers(self.model, self.task, batch, choices)
-        for (item, source, tensor), hypothesis in zip(asked, found, strict=True):
+        batch = collate(examples, list(tensors.values()), items[0].record.medium)
+        answered = search_answers(self.model, self.task, batch, choices)
+        for (item, source, tensor), hypothesis in zip(asked, answered, strict=True):
             self._keep(item, source, tensor, hypothesis.tokens)
 
     def _check_truth(self, item: Item) -> None:

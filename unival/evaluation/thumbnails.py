@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unival.data.batch import MediaOptions
+from unival.data.media import MediaOptions
 from unival.data.records import Record
 from unival.data_gpu.image import decode_image
 from unival.model.audio_encoder import LogMel

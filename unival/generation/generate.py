@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unival.data.batch import MEDIUM_KEYS, MediaOptions, collate, load_media
+from unival.data.batch import MEDIUM_KEYS, collate
+from unival.data.media import MediaOptions, load_media
 from unival.data.records import MEDIUM_OF_KIND, Answer, Origin, Record, RecordError
 from unival.data_gpu.image import decode_image
 from unival.generation.boxes import Box, ids_to_box
@@ -175,7 +176,7 @@ def generate_answer(
     _check_options(task, {"question": question, "text": text, "box": box})
     record = _record(task, kind, file, question, text, box)
     try:
-        medium, seen_box = load_media(record, options, random.Random(0))
+        medium, seen_box = load_media(record, options.fixed(), random.Random(0))
     except RecordError as error:
         raise ValueError(f"{error.field}: {error.problem}") from error
     source = task.prompt(record, vocabulary, seen_box, fine_tuning)

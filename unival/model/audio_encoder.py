@@ -139,9 +139,11 @@ class AudioEncoder(nn.Module):
         self.num_blocks = len(channels)
         self.out_channels = width
 
-    def forward(self, waveform: Tensor) -> Tensor:
-        """[B, L] samples in [-1, 1] to [B, C, (1 + L // hop) // 32, mel_bins // 32]."""
-        x = self.logmel(waveform).to(self.bn0.weight.dtype)
+    def forward(self, sound: Tensor) -> Tensor:
+        """[B, L] samples in [-1, 1], or [B, 1 + L // hop, mel_bins] decibels as LogMel makes them,
+        to [B, C, (1 + L // hop) // 32, mel_bins // 32]."""
+        x = self.logmel(sound) if sound.ndim == 2 else sound
+        x = x.to(self.bn0.weight.dtype)
         # Normalise over mel bins: they are the channels of bn0.
         x = self.bn0(x.unsqueeze(1).transpose(1, 3)).transpose(1, 3)
         if self.training and self.spec_augment:

@@ -164,7 +164,7 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: [B, T], 0 at padding; made from input_ids where absent.
             pixel_values: [R, 3, h, w] normalised images.
             video_values: [R, 3, F, h, w] normalised clips.
-            audio_values: [R, L] waveforms in [-1, 1].
+            audio_values: [R, L] waveforms in [-1, 1], or [R, 1 + L // hop, mel_bins] of LogMel.
             media_index: int64 [B], the medium of each row, so that rows can share one. Absent: R =
             B. patch_mask: bool [B]; False hides the medium from a row.
             decoder_input_ids: int64 [B, U]; made from labels where absent.

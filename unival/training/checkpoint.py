@@ -7,11 +7,13 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from unival.data.sampler import LoaderState
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.vocabulary import Vocabulary
 
@@ -48,9 +50,10 @@ class StageFolder:
         write_json(self.path / "finished.json", {"model": "model"})
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def save(self, engine: Any, step: int, keep: int) -> None:
-        """Save a checkpoint of every rank after `step` steps and drop all but the newest `keep`."""
-        state = {"step": step, "world_size": dist.get_world_size()}
+    def save(self, engine: Any, step: int, keep: int, data: LoaderState) -> None:
+        """Save a checkpoint of every rank after `step` steps, which consumed the samples that
+        `data` counts, and drop all but the newest `keep`."""
+        state = {"step": step, "world_size": dist.get_world_size(), "data": asdict(data)}
         engine.save_checkpoint(str(self.checkpoints), tag=f"step{step}", client_state=state)
         if dist.get_rank() == 0:
             write_json(self.path / "progress.json", state)
@@ -58,16 +61,18 @@ class StageFolder:
                 shutil.rmtree(self.checkpoints / f"step{tag}")
         dist.barrier()
 
-    def restore(self, engine: Any) -> int:
-        """Load the newest complete checkpoint; returns the steps it has seen, 0 where there is
-        none.
+    def restore(self, engine: Any, fresh: LoaderState) -> tuple[int, LoaderState]:
+        """Load the newest complete checkpoint.
+
+        Returns:
+            The steps it has seen and the samples consumed by then; 0 and `fresh` without one.
 
         Raises:
             ResumeError: it was written by another number of ranks.
         """
         progress = self.path / "progress.json"
         if not progress.is_file():
-            return 0
+            return 0, fresh
         state = json.loads(progress.read_text(encoding="utf-8"))
         if state["world_size"] != dist.get_world_size():
             raise ResumeError(
@@ -76,7 +81,7 @@ class StageFolder:
             )
         engine.load_checkpoint(str(self.checkpoints), tag=f"step{state['step']}")
         log.info("resumed %s after step %d", self.path.name, state["step"])
-        return int(state["step"])
+        return int(state["step"]), LoaderState(**state["data"])
 
     def _tags(self) -> list[int]:
         found = (re.fullmatch(r"step(\d+)", entry.name) for entry in self.checkpoints.iterdir())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from unival.data.media import Loading
+
 
 @dataclass
 class Source:
@@ -42,7 +44,7 @@ class MicroBatch:
 
 @dataclass
 class Media:
-    """Sizes and transforms; see unival.data.batch.MediaOptions."""
+    """Sizes and transforms; see unival.data.media.MediaOptions."""
 
     image_size: int = 384
     video_size: int = 224
@@ -53,6 +55,7 @@ class Media:
     video_transform: str = "exact"
     video_indices: str = "uniform"
     audio_random: bool = False
+    audio_hop_size: int | None = None
 
 
 @dataclass
@@ -105,7 +108,6 @@ class Run:
     precision        fp32 or bf16; bf16 wants zero_stage >= 1
     answers          a file of candidate answers, one a line, that questions are answered from
     evaluate_before  measure the first model too
-    media_cache_mb   keeps decoded media of deterministic transforms
     recompute        keep of each transformer layer only attention's results; backward makes the
                      rest again, all matrix products but those of scores and values
     checkpoint_every steps between checkpoints; keep: how many remain
@@ -116,6 +118,7 @@ class Run:
     stages: list[Stage]
     model: ModelOptions = field(default_factory=ModelOptions)
     media: Media = field(default_factory=Media)
+    loading: Loading = field(default_factory=Loading)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluate_before: bool = True
     evaluate_batch: int = 16
@@ -128,8 +131,6 @@ class Run:
     zero_stage: int = 1
     batchnorm: str = "local"
     recompute: bool = False
-    media_cache_mb: int = 0
-    max_bad_samples: int = 100
     checkpoint_every: int = 100
     keep: int = 2
     log_every: int = 10

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from unival.config import load_config, save_config
-from unival.data.batch import MediaOptions
+from unival.data.media import MediaOptions
 from unival.evaluation.runner import Evaluation, evaluate
 from unival.model.configuration import UnivalConfig
 from unival.model.loading import load_model
@@ -37,6 +37,17 @@ def make_model(run: Run, previous: Path | None) -> UnivalForConditionalGeneratio
         config = UnivalConfig.from_yaml(run.model.config, **run.model.overrides)
         return UnivalForConditionalGeneration(config)
     return load_model(source)
+
+
+def check_media(run: Run, model: UnivalForConditionalGeneration) -> None:
+    """Refuse spectrograms that are not those of the model."""
+    asked = (run.media.audio_hop_size, run.media.audio_sample_rate)
+    own = (model.config.hop_size, model.config.audio_sample_rate)
+    if asked[0] is not None and asked != own:
+        raise ValueError(
+            f"media.audio_hop_size and audio_sample_rate are {asked}, the model's are {own}; "
+            "audio_hop_size=null leaves the spectrogram to the model"
+        )
 
 
 def check_same_run(run: Run, folder: Path) -> None:
@@ -76,6 +87,7 @@ def measure(
             tables,
             stage.evaluate,
             MediaOptions(**asdict(run.media)),
+            loading=run.loading,
             answers=answers,
             fine_tuned=stage.evaluate if stage.fine_tuning else [],
             batch_size=run.evaluate_batch,
@@ -116,6 +128,7 @@ def train(run: Run) -> Path:
         place = StageFolder(folder, stage.name)
         if not place.finished:
             model = make_model(run, previous)
+            check_media(run, model)
             if torch.cuda.is_available():
                 model.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
             first = not done and not (place.path / "progress.json").is_file()
@@ -151,18 +164,32 @@ def train_stage(
     place.path.mkdir(parents=True, exist_ok=True)
     engine = Engine(model, run, stage)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    maker = BatchMaker(run, stage, vocabulary, rank, world_size)
-    start = place.restore(engine.deepspeed)
-    if run_log is not None:
-        run_log.begin_stage(steps_before + start)
-    waited, began = 0.0, time.monotonic()
-    for index, batches in enumerate(maker.steps(start, stage.steps), start=start):
-        ready = time.monotonic()
-        waited = ready - began
-        update = index + 1
+    quarantine = place.path.parents[1] / "quarantine" / f"{stage.name}-rank{rank}.jsonl"
+    with BatchMaker(run, stage, vocabulary, rank, world_size, quarantine) as maker:
+        start, maker.state = place.restore(engine.deepspeed, maker.state)
+        if run_log is not None:
+            run_log.begin_stage(steps_before + start)
+        _train_steps(run, stage, engine, maker, place, start, steps_before, run_log)
+
+
+def _train_steps(
+    run: Run,
+    stage: Stage,
+    engine: Engine,
+    maker: BatchMaker,
+    place: StageFolder,
+    start: int,
+    steps_before: int,
+    run_log: RunLog | None,
+) -> None:
+    began = time.monotonic()
+    for update, (batches, state) in enumerate(maker.steps(start, stage.steps), start=start + 1):
+        waited = time.monotonic() - began
         result = engine.step(batches, update)
         seconds = time.monotonic() - began
         began = time.monotonic()
+        write = update % run.log_every == 0 or update == stage.steps
+        bad = _bad_samples(maker, engine) if write else {}
         if run_log is not None:
             entry = {
                 "stage": stage.name,
@@ -177,9 +204,22 @@ def train_stage(
                 "step_seconds": seconds,
                 "data_wait": waited / seconds,
                 "memory_gib": memory_gib(),
-                "bad_samples": maker.bad_samples,
+                "bad_samples": bad,
                 "samples_seen": update * result.samples,
+                "epochs": {
+                    name: maker.streams[name].epoch(count) for name, count in state.samples.items()
+                },
             }
-            run_log.step(entry, write=update % run.log_every == 0 or update == stage.steps)
+            run_log.step(entry, write=write)
         if update % run.checkpoint_every == 0 and update < stage.steps:
-            place.save(engine.deepspeed, update, run.keep)
+            place.save(engine.deepspeed, update, run.keep, state)
+
+
+def _bad_samples(maker: BatchMaker, engine: Engine) -> dict[str, int]:
+    """Bad samples of each source so far in the stage, on all ranks."""
+    names = sorted(maker.streams)
+    counts = torch.tensor(
+        [maker.quarantine.bad[name] for name in names], device=engine.deepspeed.device
+    )
+    dist.all_reduce(counts)
+    return dict(zip(names, counts.tolist(), strict=True))
