@@ -53,7 +53,10 @@ from unival.data.media import Loading, MediaLoader, MediaOptions
 from unival.data.records import Origin, Record
 from unival.data_gpu import image
 from unival.data_gpu.audio import decode_waveform
-from unival.data_gpu.video import decode_clip
+from unival.data_gpu.limits import Limits
+from unival.data_gpu.resize import resize
+from unival.data_gpu.video import decode_clip, frame_indices, probe_video
+from unival.data_gpu.video_backends import nvdec_graph
 from unival.tasks.base import Example
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,6 +280,24 @@ def ours(frames: int, backend: str) -> Callable[[Path], Any]:
     return lambda path: decode_clip(path, frames, CLIP_SIZE, backend=backend)
 
 
+def dali(frames: int) -> Callable[[Path], Any]:
+    """DALI's CPU decoder, which knows the codec of re-encoded films."""
+    graph = nvdec_graph("cpu", -1)
+    graph.build()
+    counts: dict[Path, int] = {}
+
+    def load(path: Path) -> np.ndarray:
+        if path not in counts:
+            counts[path] = probe_video(path, Limits()).frames
+        chosen = frame_indices(frames, counts[path], "uniform", random.Random(0))
+        graph.feed_input("encoded", [np.fromfile(path, dtype=np.uint8)])
+        graph.feed_input("frames", [np.array(chosen, dtype=np.int32)])
+        (clip,) = graph.run()
+        return resize(np.asarray(clip.at(0)), CLIP_SIZE, CLIP_SIZE)
+
+    return load
+
+
 def clips(rounds: int, folder: Path) -> list[Row]:
     films = []
     for seed in range(4):
@@ -296,7 +317,7 @@ def clips(rounds: int, folder: Path) -> list[Row]:
             loaders["torchcodec"] = over(films, ours(frames, "torchcodec"))
         for name, paths in again.items():
             loaders[f"PyAV, {name}"] = over(paths, ours(frames, "pyav"))
-        loaders["DALI (CPU), JPEG frames"] = over(again["JPEG frames"], ours(frames, "dali"))
+        loaders["DALI (CPU), JPEG frames"] = over(again["JPEG frames"], dali(frames))
         found = take_turns("clips", f"{frames} frames of {CLIP_SECONDS} s", "clip", rounds, loaders)
         rows += found
         rates = {row.loader: row.rate for row in found}
@@ -305,7 +326,8 @@ def clips(rounds: int, folder: Path) -> list[Row]:
         again_best = max(rate for name, rate in rates.items() if "JPEG frames" in name)
         print(
             f"clips: seeking {best / everything:.1f} times decoding everything (wanted: 3); "
-            f"re-encoded {again_best / everything:.1f} times (wanted: 10)",
+            f"re-encoded {again_best / everything:.1f} times decoding everything and "
+            f"{again_best / best:.1f} times seeking in the source (wanted: 10)",
             flush=True,
         )
     return rows

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from PIL import Image
@@ -34,6 +33,7 @@ from unival.data_gpu.image import (
     affine,
     augment,
 )
+from unival.data_gpu.resize import resize
 
 log = logging.getLogger(__name__)
 DEVICES = ("cpu", "gpu")
@@ -149,15 +149,12 @@ class _Renderer:
 
 def _render(image: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     plan = _plan_of_numbers(numbers.tolist())
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
-    wanted = (plan.height, plan.width)
-    if tuple(pixels.shape[2:]) != wanted:
-        pixels = F.interpolate(pixels, size=wanted, mode="bicubic", antialias=True)
+    pixels = resize(image[None], plan.width, plan.height)[0]
     rows, columns = slice(plan.top, plan.top + plan.size), slice(plan.left, plan.left + plan.size)
-    cropped = pixels[0, :, rows, columns].permute(1, 2, 0).numpy()
+    cropped = np.ascontiguousarray(pixels[rows, columns])
     if not plan.operations:
-        return np.ascontiguousarray(cropped)
-    return np.asarray(augment(Image.fromarray(np.ascontiguousarray(cropped)), plan.operations))
+        return cropped
+    return np.asarray(augment(Image.fromarray(cropped), plan.operations))
 
 
 def _numbers_of_plan(plan: Plan) -> list[int]:

@@ -14,7 +14,6 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -38,23 +37,17 @@ class DecodeWorkers:
     `limits.decode_seconds`, needs more than `limits.decode_bytes`, or ends its process; and
     BackendError where a backend cannot run here.
 
-    Args:
-        count: processes.
-        limits: what one medium may cost.
-        backends: of films, beside pyav: each process imports them before its memory is capped.
-            Where nvdec is one of them there is no cap, since CUDA reserves addresses without end.
-
     Processes start when they are first needed. They end at `close` or when this process ends,
     however it ends.
     """
 
-    def __init__(self, count: int, limits: Limits, backends: Sequence[str] = ()) -> None:
+    def __init__(self, count: int, limits: Limits) -> None:
         if count < 1:
             raise ValueError(f"{count} workers; at least one is needed")
         self.limits = limits
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="decode")
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-        self._processes = [_Process(limits, backends) for _ in range(count)]
+        self._processes = [_Process(limits) for _ in range(count)]
         for process in self._processes:
             self._idle.put(process)
 
@@ -144,13 +137,26 @@ class _Gone(Exception):
 class _Process:
     """One worker process, started when it is called and again after it has gone."""
 
-    def __init__(self, limits: Limits, backends: Sequence[str]) -> None:
-        self.limits, self.backends = limits, list(backends)
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.prepared: set[str] = set()  # backends of films that it has imported
         self.process: subprocess.Popen | None = None
 
     def call(self, request: dict, payload: bytes, seconds: float) -> tuple[dict, bytearray]:
         if self.process is None:
             self.process = self._start()
+        backend = request["options"].get("backend")
+        if backend is not None and backend not in self.prepared:
+            # Its libraries take seconds to import, which are not those of a film.
+            prepare = {"call": "prepare", "backend": backend}
+            answer, _ = self._exchange(prepare, b"", START_SECONDS)
+            if answer:
+                return answer, bytearray()
+            self.prepared.add(backend)
+        return self._exchange(request, payload, seconds)
+
+    def _exchange(self, request: dict, payload: bytes, seconds: float) -> tuple[dict, bytearray]:
+        assert self.process is not None
         try:
             assert self.process.stdin is not None and self.process.stdout is not None
             write_message(self.process.stdin.fileno(), request, payload)
@@ -165,8 +171,7 @@ class _Process:
             raise _Gone(f"its decoder ended {cause}") from None
 
     def _start(self) -> subprocess.Popen:
-        settings = (json.dumps(asdict(self.limits)), json.dumps(self.backends))
-        command = [sys.executable, "-m", "unival.data_gpu.worker", *settings]
+        command = [sys.executable, "-m", "unival.data_gpu.worker", json.dumps(asdict(self.limits))]
         environment = dict(os.environ)
         # Each process is one of several: its libraries must not start threads of their own.
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -191,6 +196,7 @@ class _Process:
                 assert pipe is not None
                 pipe.close()
             self.process = None
+            self.prepared.clear()
 
 
 def _until(descriptor: int, seconds: float) -> Any:

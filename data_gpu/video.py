@@ -8,11 +8,11 @@ import numpy as np
 
 from unival.data_gpu.errors import Media, MediaInfo
 from unival.data_gpu.limits import Limits
+from unival.data_gpu.resize import resize
 from unival.data_gpu.video_augment import (
     center_crop_pad,
     rand_augment,
     random_resized_crop,
-    resize,
 )
 from unival.data_gpu.video_backends import INDICES, frame_indices, read_frames, verify_film
 from unival.data_gpu.video_scan import open_container, scan_film, video_stream
@@ -83,7 +83,7 @@ def decode_clip(
 def _shape(frames: list[np.ndarray], size: int, mode: str, rng: random.Random) -> list[np.ndarray]:
     """The frames at size x size."""
     if mode == "exact":
-        return [resize(frame, size) for frame in frames]
+        return list(resize(np.stack(frames), size, size))
     if mode == "center_crop_pad":
         return [center_crop_pad(frame, size) for frame in frames]
     if mode == "fine_tuning":

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from unival.data_gpu.resize import resize
+
 AREA = (0.5, 1.0)
 RATIO = (3 / 4, 4 / 3)
 
@@ -50,11 +52,6 @@ class Operation(NamedTuple):
     sign: int
 
 
-def resize(frame: np.ndarray, size: int) -> np.ndarray:
-    """size x size whatever the aspect, bicubic."""
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC))
-
-
 def center_crop_pad(frame: np.ndarray, size: int) -> np.ndarray:
     """What torchvision's CenterCrop does: black borders where the frame is small (the extra pixel
     goes right and below), the middle where it is large."""
@@ -75,8 +72,8 @@ def random_resized_crop(
     left, top, crop_width, crop_height = random_crop(width, height, rng)
     flip = rng.random() < 0.5
     rows, columns = slice(top, top + crop_height), slice(left, left + crop_width)
-    resized = [resize(frame[rows, columns], size) for frame in frames]
-    return [frame[:, ::-1] for frame in resized] if flip else resized
+    resized = resize(np.stack([frame[rows, columns] for frame in frames]), size, size)
+    return list(resized[:, :, ::-1] if flip else resized)
 
 
 def random_crop(width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:

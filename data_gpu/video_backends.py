@@ -60,17 +60,22 @@ def _decode_runs(
 ) -> dict[int, np.ndarray]:
     """The frames that the runs want, uint8 [H, W, 3]; between the runs nothing is decoded.
 
-    Every frame on the way must be the next one that the scan promised, undamaged and of one size.
+    Every frame on the way must be the next one that the scan promised, undamaged and of one size;
+    left out are those that neither the runs want nor other frames need.
 
     Raises:
         _Lost: it is not the next one.
         DecodeError: damaged.
     """
     wanted = set().union(*(run.wanted for run in runs))
+    # Pictures that no other one is predicted from need not be decoded to get at those wanted.
+    skipped = {n for n, tick in enumerate(film.ticks) if tick in film.unreferenced} - wanted
+    skipped_ticks = {film.ticks[number] for number in skipped}
     frames: dict[int, np.ndarray] = {}
     waiting = list(runs)
     left: set[int] = set()
-    number = first = 0  # the next frame, and the one its run began with
+    number = first = 0  # the next frame, and the first one that its run gives
+    from_start = True
     size = None
     with open_container(media, limits) as container:
         stream, _ = video_stream(container, media, limits)
@@ -82,11 +87,14 @@ def _decode_runs(
                 left = run.wanted - frames.keys()
                 if run.start == position:  # else the run before has read past it and goes on
                     context.flush_buffers()
-                    number = first = run.first
+                    number = first = next(n for n in itertools.count(run.first) if n not in skipped)
+                    from_start = run.first == 0
             if not left and not waiting:
                 return frames
+            if packet is not None and packet.pts in skipped_ticks:
+                continue
             for frame in context.decode(packet) if left else ():
-                if film.timed and not _is_next(film, frame, number, first):
+                if film.timed and not _is_next(film, frame, number, first, from_start):
                     continue
                 size = size or (frame.width, frame.height)
                 if frame.is_corrupt or size != (frame.width, frame.height):
@@ -96,19 +104,21 @@ def _decode_runs(
                     frames[number] = _pixels(frame)
                     left.discard(number)
                 number += 1
+                while number in skipped:
+                    number += 1
     if left or waiting:
         raise _Lost(number)
     return frames
 
 
-def _is_next(film: Film, frame: av.VideoFrame, number: int, first: int) -> bool:
-    """Whether this is frame `number`; not so for those before the keyframe that the run began with
-    (`first`), which need frames before it. Raises _Lost for any other frame."""
+def _is_next(film: Film, frame: av.VideoFrame, number: int, first: int, from_start: bool) -> bool:
+    """Whether this is frame `number`; not so for those before the first one of the run (`first`),
+    which need frames before its keyframe. Raises _Lost for any other frame."""
     if number == first and frame.pts is not None and frame.pts < film.ticks[first]:
         return False
     if number >= len(film.ticks) or frame.pts != film.ticks[number]:
         raise _Lost(number)
-    if number == first > 0 and not frame.key_frame:
+    if number == first and not from_start and not frame.key_frame:
         raise _Lost(number)
     return True
 
@@ -138,12 +148,13 @@ def _decode_in_order(
             if family in ONE_PICTURE_CONTAINERS and codec in ONE_PICTURE_CODECS:
                 problem = f"damaged: frame {lost.shown} of {film.info.frames} cannot be decoded"
                 raise DecodeError(media, problem) from lost
-    return _decode_runs(media, replace(film, timed=False), runs, limits)
+    return _decode_runs(media, replace(film, timed=False, unreferenced=frozenset()), runs, limits)
 
 
 def verify_film(media: Media, film: Film, limits: Limits) -> MediaInfo:
     """Decode every frame; `frames` of the result counts those that are shown."""
     count = film.info.frames
+    film = replace(film, unreferenced=frozenset())  # every frame is decoded
     try:
         _decode_in_order(media, film, {count - 1}, limits)
     except _Lost as lost:

@@ -49,6 +49,7 @@ class Film:
     starts  (time, packet) where decoding may begin, by time; packets are counted as in the file
     timed   frames are told by their times; otherwise they can only be counted
     plain   no frame is hidden: every decoder counts alike
+    unreferenced  times of frames that no other frame is predicted from, as far as known
     """
 
     info: MediaInfo
@@ -56,6 +57,7 @@ class Film:
     starts: list[tuple[int, int]]
     timed: bool
     plain: bool
+    unreferenced: frozenset[int] = frozenset()
 
     def runs(self, wanted: Sequence[int]) -> list[Run]:
         """What to decode so that the wanted frames come, in the file's order."""
@@ -143,10 +145,12 @@ def scan_film(media: Media, limits: Limits) -> Film:
     times: list[int | None] = []
     keys: list[bool] = []
     hidden: list[bool] = []  # by an edit list: decoded, not shown
+    unreferenced: set[int] = set()
     present = 0
     with open_container(media, limits) as container:
         stream, info = video_stream(container, media, limits)
-        family = info.format.split("/")[0]
+        family, codec = info.format.split("/")
+        header = stream.codec_context.extradata if codec == "h264" else None
         for packet in container.demux(stream):
             present += packet.dts is not None or packet.size > 0
             if packet.size == 0:  # a dropped frame, or the end
@@ -156,6 +160,8 @@ def scan_film(media: Media, limits: Limits) -> Film:
             times.append(packet.pts)
             keys.append(packet.is_keyframe)
             hidden.append(packet.is_discard)
+            if header and packet.pts is not None and is_unreferenced(memoryview(packet), header):
+                unreferenced.add(packet.pts)
             if len(times) > limits.frames:
                 raise DecodeError(media, f"more than {limits.frames} frames")
         promised = info.frames
@@ -167,10 +173,30 @@ def scan_film(media: Media, limits: Limits) -> Film:
             _require_elements(media)
         reordered = stream.codec_context.reorder_depth > 0
         film = _film(info, times, keys, hidden, stream.time_base or Fraction(0), reordered)
+    if film.timed:
+        film = replace(film, unreferenced=frozenset(unreferenced))
     if film.info.frames == 0:
         raise DecodeError(media, "no frames")
     _require_length(media, film.info.seconds, limits)
     return film
+
+
+def is_unreferenced(packet: memoryview, header: bytes) -> bool:
+    """Whether no other picture of an H.264 stream is predicted from the packet's.
+
+    Its first slice says so (nal_ref_idc, 7.4.1 of the standard). Only units with a length before
+    them are read, as in MP4 and Matroska, whose header begins with 1; otherwise no is the answer.
+    """
+    if len(header) < 5 or header[0] != 1:
+        return False
+    size, at = (header[4] & 3) + 1, 0
+    while at + size < len(packet):
+        length = int.from_bytes(packet[at : at + size], "big")
+        unit = packet[at + size]
+        if 1 <= unit & 31 <= 5:  # a slice
+            return unit >> 5 & 3 == 0
+        at += size + length
+    return False
 
 
 def _require_elements(media: Media) -> None:

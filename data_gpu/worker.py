@@ -5,7 +5,6 @@ A message is two lengths (8 bytes each, little-endian), a JSON object and bytes.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -82,14 +81,10 @@ def decode(request: dict, payload: bytes, limits: Limits) -> np.ndarray | MediaI
 
 def answer(request: dict, payload: bytes, limits: Limits) -> tuple[dict, bytes | memoryview]:
     """The reply to a request: an array, a MediaInfo, or why there is none."""
-    from unival.data_gpu.video_backends import BackendError
-
     try:
         result = decode(request, payload, limits)
     except DecodeError as error:
         return {"problem": error.problem}, b""
-    except BackendError as error:
-        return {"backend": str(error)}, b""
     except MemoryError:
         return {"problem": f"needs more than {limits.decode_bytes} bytes of memory"}, b""
     except Exception as error:
@@ -101,35 +96,49 @@ def answer(request: dict, payload: bytes, limits: Limits) -> tuple[dict, bytes |
     return {"dtype": array.dtype.str, "shape": array.shape}, array.reshape(-1).view(np.uint8).data
 
 
-def import_decoders(backends: list[str]) -> None:
-    """Import all that decodes, before memory is capped."""
-    from unival.data_gpu import audio, image, inspect, video  # noqa: F401
+def cap_memory(limits: Limits) -> None:
+    """Allow `limits.decode_bytes` beyond what the imported libraries take."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    cap = pages * resource.getpagesize() + limits.decode_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (cap, resource.RLIM_INFINITY))
+
+
+def prepare(backend: str, limits: Limits) -> dict:
+    """Import what films need with a backend, uncapped; the reply says where it cannot run."""
     from unival.data_gpu.video_backends import BackendError, require_backend
 
-    for backend in backends:
-        # One that cannot run is reported to whoever asks for it.
-        with contextlib.suppress(BackendError):
-            require_backend(backend)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        require_backend(backend)
+    except BackendError as error:
+        return {"backend": str(error)}
+    if backend != "nvdec":  # CUDA reserves addresses without end
+        cap_memory(limits)
+    return {}
 
 
 def main() -> None:
     """Serve requests from standard input until it ends."""
-    limits, backends = Limits(**json.loads(sys.argv[1])), json.loads(sys.argv[2])
+    limits = Limits(**json.loads(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's, and this ends with it
     requests, replies = os.dup(0), os.dup(1)
     os.dup2(2, 1)  # what a library prints must not end up between the replies
-    import_decoders(backends)
-    if "nvdec" not in backends:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        cap = used + limits.decode_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
+    from unival.data_gpu import audio, image, inspect, video  # noqa: F401  # before memory is capped
+
+    cap_memory(limits)
     write_message(replies, {"ready": True})
     while True:
         try:
             request, payload = read_message(lambda buffer: os.readv(requests, [buffer]))
         except EOFError:
             return
-        write_message(replies, *answer(request, bytes(payload), limits))
+        if request["call"] == "prepare":
+            write_message(replies, prepare(request["backend"], limits))
+        else:
+            write_message(replies, *answer(request, bytes(payload), limits))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,9 @@ def test_real_films_from_path_and_bytes_agree():
     with av.open(str(BUNNY)) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     wanted = frames[frame_indices(8, 48, "uniform", NO_DRAW)[3]].resize((64, 64), 3)  # 3: bicubic
-    assert np.array_equal(clip[:, 3], np.array(wanted).transpose(2, 0, 1))
+    far = np.abs(clip[:, 3].astype(int) - np.array(wanted).transpose(2, 0, 1))
+    assert far.max() <= 1  # torch's resizing rounds otherwise than Pillow's
+    assert far.mean() < 0.02
 
 
 def test_center_crop_pads_with_black_and_cuts_the_border():

@@ -225,12 +225,8 @@ class MediaLoader:
     def close(self) -> None:
         """End the decoding processes and threads."""
         self._readers.shutdown(wait=False, cancel_futures=True)
-        self._close_processes()
-
-    def _close_processes(self) -> None:
         if self._workers is not None:
             self._workers.close()
-            self._workers = None
 
     def load(self, records: Sequence[Record], seeds: Sequence[str]) -> list[Loaded | RecordError]:
         """For each record its medium, or the error that says why there is none (the one that
@@ -243,7 +239,6 @@ class MediaLoader:
         if rows["video"] and self._video_backend == "auto":
             clips = [records[row].media for row in rows["video"]]
             self._video_backend = self._choose_backend(clips[:CLIPS_TO_TIME])
-            self._close_processes()  # the next ones import what was chosen
         films = [(row, self._clip(records[row], seeds[row])) for row in rows["video"]]
         sounds = [(row, self._waveform(records[row], seeds[row])) for row in rows["audio"]]
         pictures = self._load_images(
@@ -277,22 +272,21 @@ class MediaLoader:
     def _choose_backend(self, clips: Sequence[Media]) -> str:
         """The backend that is quickest on the first clips; it never changes what is decoded by more
         than `read_frames` says."""
-        options, limits = self.options, self.loading.limits
+        options, workers = self.options, self._processes()
         usable = [name for name in BACKENDS if name != "nvdec" or self._device() == "gpu"]
-        with DecodeWorkers(1, limits, usable) as workers:
 
-            def decode(media: Media, backend: str) -> None:
-                workers.clip(
-                    media,
-                    options.video_frames,
-                    options.video_size,
-                    indices="uniform",
-                    mode="exact",
-                    seed=None,
-                    backend=backend,
-                ).result()
+        def decode(media: Media, backend: str) -> None:
+            workers.clip(
+                media,
+                options.video_frames,
+                options.video_size,
+                indices="uniform",
+                mode="exact",
+                seed=None,
+                backend=backend,
+            ).result()
 
-            return choose_backend(clips, usable, decode)
+        return choose_backend(clips, usable, decode)
 
     def _waveform(self, record: Record, seed: str) -> Future[np.ndarray]:
         options = self.options
@@ -322,9 +316,7 @@ class MediaLoader:
 
     def _processes(self) -> DecodeWorkers:
         if self._workers is None:
-            chosen = self._video_backend
-            backends = [] if chosen in ("auto", "pyav") else [chosen]
-            self._workers = DecodeWorkers(self.loading.workers, self.loading.limits, backends)
+            self._workers = DecodeWorkers(self.loading.workers, self.loading.limits)
         return self._workers
 
     def _load_images(
