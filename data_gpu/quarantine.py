@@ -19,8 +19,8 @@ class Quarantine:
     """The bad samples of one process.
 
     Args:
-        path: JSON lines are added here, one a bad sample and run: id, source, file, row, field,
-            reason. None only counts.
+        path: JSON lines are added here, one for each bad sample: id, source, file, row, field,
+            reason. Those of a run that goes on stay. None only counts.
         max_share: bad samples of a source among those read from it, from 0 to 1. Until FLOOR have
             been read, the share is counted as if they had.
     """
@@ -34,6 +34,7 @@ class Quarantine:
         self._written: set[tuple[str, str]] = set()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._written = _listed(path)
 
     def count(self, source: str) -> None:
         """A sample of the source was used."""
@@ -77,3 +78,17 @@ class Quarantine:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+def _listed(path: Path) -> set[tuple[str, str]]:
+    """File and row of what an earlier process wrote. A last line that was cut off when it was
+    killed is taken out, so that the next one starts a line of its own."""
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as lines:
+            lines.truncate(len(whole))
+    entries = [json.loads(line) for line in whole.splitlines()]
+    return {(entry["file"], str(entry["row"])) for entry in entries}

@@ -162,6 +162,12 @@ def test_a_backend_that_cannot_run_here_ends_the_loading(loader):
         without_gpu.load(RECORDS[6:7], SEEDS[6:7])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="finds no GPU"):
+        MediaLoader(RANDOM, Loading(device="gpu"))
+
+
 def test_spectrograms_made_beside_the_step_are_those_that_the_model_makes():
     sizes = MediaOptions(**SIZES | {"audio_samples": 48_000})
     rows = [*RECORDS[9:12], record("audio", b"no sound", 98)]

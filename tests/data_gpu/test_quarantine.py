@@ -67,3 +67,14 @@ def test_no_bad_sample_at_all_can_be_asked_for():
         add(Quarantine(None, 0.0))
     with pytest.raises(ValueError, match="between 0 and 1"):
         Quarantine(None, 1.5)
+
+
+def test_a_run_that_goes_on_lists_no_sample_twice_and_mends_a_cut_line(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    add(Quarantine(path, 1.0), row=1)
+    with path.open("a") as lines:
+        lines.write('{"id": "x7", "fi')  # killed while it wrote
+    resumed = Quarantine(path, 1.0)
+    add(resumed, row=1)
+    add(resumed, row=2)
+    assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [1, 2]

@@ -207,6 +207,8 @@ class MediaLoader:
     """
 
     def __init__(self, options: MediaOptions, loading: Loading, device_id: int = 0) -> None:
+        if loading.device == "gpu" and not torch.cuda.is_available():
+            raise ValueError("loading.device=gpu, but torch finds no GPU here; known: auto, cpu")
         self.options, self.loading = options, loading
         self._device_id = device_id
         self._cache = _Cache(loading.cache_mb * 2**20 if options == options.fixed() else 0)

@@ -26,6 +26,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def _bad(counts: dict[str, int]) -> str:
+    """Bad samples of the sources that have some: `  bad: web 3, own 1`."""
+    some = [f"{name} {count}" for name, count in counts.items() if count]
+    return f"  bad: {', '.join(some)}" if some else ""
+
+
 class RunLog:
     """Metrics of rank 0: metrics.jsonl, TensorBoard events, and progress for a person.
 
@@ -78,7 +84,7 @@ class RunLog:
                 f"{entry['stage']} step {entry['step']}  {done}/{self.total}  "
                 f"loss {entry['loss']:.4f}  lr {entry['lr']:.2e}  "
                 f"{entry['samples_per_second']:.1f} samples/s  wait {entry['data_wait']:.0%}  "
-                f"left {clock(left)}",
+                f"left {clock(left)}{_bad(entry['bad_samples'])}",
                 file=sys.stderr,
                 flush=True,
             )
