@@ -9,8 +9,8 @@ images  the training pipeline of pre-training (random resize, crop, RandAugment,
         follow the same plans, so that they do the same work.
 clips   8 and 16 frames of films of 15 seconds (H.264, a key frame every 50 frames, 596 x 336), by
         keyframe seeking (PyAV), torchcodec, DALI where its CPU decoder knows the codec, and by
-        decoding everything; then the same from films that `unival data reencode` made of them: short
-        side 224, as H.264 with short groups, or as JPEG at 3 frames a second.
+        decoding everything; then the same from films that `unival data reencode` made of them at a
+        short side of 224: H.264 with short groups, or JPEG at 3 frames a second.
 sounds  10 seconds of each file, by format.
 memory  resident memory while one loader gives 20,000 samples of all media.
 

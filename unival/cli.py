@@ -121,9 +121,6 @@ def _run_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from unival.data.media import MediaOptions
     from unival.generation.generate import generate_answer
 
     run = _run_of(arguments)
@@ -141,7 +138,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         question=arguments.question,
         text=arguments.text,
         box=arguments.box,
-        options=MediaOptions(**asdict(run.media)),
+        options=run.media,
         answers=answers,
         fine_tuning=arguments.fine_tuned,
         beam_size=arguments.beam_size,
@@ -154,9 +151,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     import json
-    from dataclasses import asdict
 
-    from unival.data.media import MediaOptions
     from unival.evaluation.runner import evaluate
     from unival.training.batches import open_sources, read_answers
 
@@ -167,7 +162,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         vocabulary,
         open_sources(run),
         arguments.tasks,
-        MediaOptions(**asdict(run.media)),
+        run.media,
         loading=run.loading,
         answers=read_answers(run),
         fine_tuned=arguments.tasks if arguments.fine_tuned else [],

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from unival.data.media import Loaded
+from unival.data.media import Loaded, MediaOptions
 from unival.data.sampler import LoaderState
 from unival.data.samples import make_samples
 from unival.data_gpu.quarantine import TooManyBadSamples
 from unival.training.batches import BatchMaker
-from unival.training.options import Media, MicroBatch, Mixture, Run, Source, Stage
+from unival.training.options import MicroBatch, Mixture, Run, Source, Stage
 from unival.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
-MEDIA = Media(image_size=32, video_size=32, video_frames=2, audio_samples=3200)
+MEDIA = MediaOptions(image_size=32, video_size=32, video_frames=2, audio_samples=3200)
 WORDS = Vocabulary()
 
 

@@ -33,7 +33,7 @@ CLIPS_TO_TIME = 8  # films that the backends are tried on
 BOX_TOLERANCE = 1.0  # boxes are written with rounded widths: a pixel too far is no error
 
 
-@dataclass(frozen=True)
+@dataclass
 class MediaOptions:
     """How media become tensors. Sizes in pixels of a side, rates in Hz.
 

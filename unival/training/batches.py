@@ -9,13 +9,13 @@ import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from unival.data.batch import collate
-from unival.data.media import MediaLoader, MediaOptions
+from unival.data.media import MediaLoader
 from unival.data.records import MEDIUM_OF_KIND, Record, RecordError
 from unival.data.sampler import LoaderState, RecordStream
 from unival.data.shards import TarShards
@@ -114,9 +114,7 @@ class BatchMaker:
             for name, table in self.tables.items()
         }
         self.state = LoaderState(run.seed)
-        self.loader = MediaLoader(
-            MediaOptions(**asdict(run.media)), run.loading, int(os.environ.get("LOCAL_RANK", "0"))
-        )
+        self.loader = MediaLoader(run.media, run.loading, int(os.environ.get("LOCAL_RANK", "0")))
 
     def __enter__(self) -> BatchMaker:
         return self

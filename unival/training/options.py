@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from unival.data.media import Loading
+from unival.data.media import Loading, MediaOptions
 
 
 @dataclass
@@ -40,22 +40,6 @@ class MicroBatch:
     medium: str
     mixture: list[Mixture]
     weight: float = 1.0
-
-
-@dataclass
-class Media:
-    """Sizes and transforms; see unival.data.media.MediaOptions."""
-
-    image_size: int = 384
-    video_size: int = 224
-    video_frames: int = 8
-    audio_samples: int = 480000
-    audio_sample_rate: int | None = 48000
-    image_transform: str = "exact"
-    video_transform: str = "exact"
-    video_indices: str = "uniform"
-    audio_random: bool = False
-    audio_hop_size: int | None = None
 
 
 @dataclass
@@ -117,7 +101,7 @@ class Run:
     sources: dict[str, Source]
     stages: list[Stage]
     model: ModelOptions = field(default_factory=ModelOptions)
-    media: Media = field(default_factory=Media)
+    media: MediaOptions = field(default_factory=MediaOptions)
     loading: Loading = field(default_factory=Loading)
     optimizer: Optimizer = field(default_factory=Optimizer)
     evaluate_before: bool = True

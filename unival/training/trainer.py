@@ -7,14 +7,12 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from unival.config import load_config, save_config
-from unival.data.media import MediaOptions
 from unival.evaluation.runner import Evaluation, evaluate
 from unival.model.configuration import UnivalConfig
 from unival.model.loading import load_model
@@ -86,7 +84,7 @@ def measure(
             vocabulary,
             tables,
             stage.evaluate,
-            MediaOptions(**asdict(run.media)),
+            run.media,
             loading=run.loading,
             answers=answers,
             fine_tuned=stage.evaluate if stage.fine_tuning else [],
