@@ -18,6 +18,7 @@ from unival.data.batch import MEDIUM_KEYS, collate
 from unival.data.media import MediaOptions
 from unival.data_gpu.audio import decode_waveform, repeat_pad, through_int16
 from unival.data_gpu.image import decode_image, exact_plan, image_to_array, render
+from unival.data_gpu.resize import resize
 from unival.data_gpu.video import decode_clip, frame_indices
 from unival.tasks.base import Example
 from unival.vocabulary import BOS, EOS, Vocabulary
@@ -122,7 +123,8 @@ class UnivalProcessor(ProcessorMixin):
             picture = value.convert("RGB")
         else:
             picture = Image.fromarray(_pixels(value, 3, "an image is uint8 [H, W, 3]"))
-        return _exact(picture, self.options.image_size)
+        plan = exact_plan(self.options.image_size)
+        return torch.from_numpy(image_to_array(render(picture, plan)))
 
     def _video(self, value: Any) -> Tensor:
         """uint8 [3, F, size, size]."""
@@ -132,7 +134,8 @@ class UnivalProcessor(ProcessorMixin):
             return torch.from_numpy(decode_clip(_media(value), frames, size, mode=mode))
         clip = _pixels(value, 4, "a video is uint8 [F, H, W, 3]")
         chosen = frame_indices(frames, len(clip), "uniform", random.Random(0))
-        return torch.stack([_exact(Image.fromarray(clip[i]), size) for i in chosen], dim=1)
+        resized = resize(clip[chosen], size, size)
+        return torch.from_numpy(np.ascontiguousarray(resized.transpose(3, 0, 1, 2)))
 
     def _audio(self, value: Any) -> Tensor:
         """float32 [audio_samples]."""
@@ -149,11 +152,6 @@ class UnivalProcessor(ProcessorMixin):
         start = max(0, (len(wave) - samples) // 2)  # the middle, as `decode_waveform` takes
         wave = wave.astype(np.float32)[start : start + samples]
         return torch.from_numpy(repeat_pad(through_int16(wave), samples))
-
-
-def _exact(picture: Image.Image, size: int) -> Tensor:
-    """uint8 [3, size, size]."""
-    return torch.from_numpy(image_to_array(render(picture, exact_plan(size))))
 
 
 def _media(value: bytes | str | Path) -> bytes | Path:

@@ -161,7 +161,7 @@ def test_the_same_rng_gives_the_same_pixels():
 
 
 def test_rows_of_one_tensor_are_not_copied_and_others_are():
-    rows = torch.arange(24.0).reshape(4, 3, 2, 1)
+    rows = torch.arange(24.0).reshape(4, 3, 2, 1).clone()  # no view itself
     examples = [(Example([1], [0], [2]), index) for index in range(4)]
 
     def pixels(media):
