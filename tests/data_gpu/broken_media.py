@@ -133,6 +133,9 @@ def encode_picture(picture: Image.Image, form: str, **options: object) -> bytes:
 def encode_sound(samples: np.ndarray, rate: int, form: str, subtype: str | None) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, rate, format=form, subtype=subtype)
+    peak = buffer.getvalue().find(b"PEAK")
+    if peak > 0:  # a WAV of floats says when it was written
+        return replaced(buffer.getvalue(), peak + 12, bytes(4))
     if form != "OGG":
         return buffer.getvalue()
     pages = (replaced(page, 14, bytes(4)) for page in ogg_pages(buffer.getvalue()))
