@@ -175,8 +175,8 @@ def assert_as_exact_as_pytorch(
     rounded to the dtype once; a whole one to gradients, which also inherit the rounding of single
     scores, in which PyTorch may be lucky; two units where a few values are each a sum over the
     whole batch, four where that is one value a head, since processors sum in different orders (2.8
-    were seen with AVX-512, fewer than two without). Gradients that are 0 because every row sees one key are differences of equal terms
-    of size 1: sixteen units of that.
+    were seen with AVX-512). Gradients that are 0 because every row sees one key are differences of
+    equal terms of size 1: sixteen units of that.
     """
     rounded = given.rounded(dtype)
     exact = rounded.run("eager", torch.float64)
