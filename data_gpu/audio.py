@@ -34,7 +34,6 @@ RATES = (1_000, 768_000)  # a rate sizes the buffers, and it comes from a header
 FULL_SCALE = 32767.0
 UNKNOWN = 2**63 - 1  # frames of a FLAC that was written to a pipe
 BLOCK = 1 << 16  # samples that are verified at a time
-MISSING_SECONDS = 0.5  # a Matroska file may end that much before its header says
 
 
 class Piece(NamedTuple):

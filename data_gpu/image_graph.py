@@ -5,7 +5,7 @@ that the random stream is the sampler's on either device, and a graph that died 
 nothing lost but time.
 
 On a CPU, DALI decodes and normalizes; between these, resizing is torch's and RandAugment Pillow's,
-because DALI's own operators take 2 to 12 times as long there (benchmarks/NOTES.md).
+because DALI's own resizing and warping take 13 and 2 times as long there (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations

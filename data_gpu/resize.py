@@ -1,5 +1,5 @@
-"""Resizing in torch: exactly Pillow's antialiased bicubic (one level of 255 apart at most), at a
-fifth of its time (benchmarks/NOTES.md)."""
+"""Resizing in torch: exactly Pillow's antialiased bicubic (one level of 255 apart at most), in a
+quarter of its time (benchmarks/NOTES.md)."""
 
 from __future__ import annotations
 

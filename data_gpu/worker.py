@@ -96,10 +96,10 @@ def answer(request: dict, payload: bytes, limits: Limits) -> tuple[dict, bytes |
     return {"dtype": array.dtype.str, "shape": array.shape}, array.reshape(-1).view(np.uint8).data
 
 
-def cap_memory(limits: Limits) -> None:
-    """Allow `limits.decode_bytes` beyond what the imported libraries take."""
+def cap_memory(extra: int) -> None:
+    """Allow this process `extra` bytes beyond what it takes now."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    cap = pages * resource.getpagesize() + limits.decode_bytes
+    cap = pages * resource.getpagesize() + extra
     resource.setrlimit(resource.RLIMIT_AS, (cap, resource.RLIM_INFINITY))
 
 
@@ -116,7 +116,7 @@ def prepare(backend: str, limits: Limits) -> dict:
     except BackendError as error:
         return {"backend": str(error)}
     if backend != "nvdec":  # CUDA reserves addresses without end
-        cap_memory(limits)
+        cap_memory(limits.decode_bytes)
     return {}
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints must not end up between the replies
     from unival.data_gpu import audio, image, inspect, video  # noqa: F401  # before memory is capped
 
-    cap_memory(limits)
+    cap_memory(limits.decode_bytes)
     write_message(replies, {"ready": True})
     while True:
         try:

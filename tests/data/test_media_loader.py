@@ -3,6 +3,7 @@
 import io
 import logging
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +148,10 @@ def test_the_backend_of_films_is_chosen_once_and_outside_of_this_process(monkeyp
     (line,) = [message for message in caplog.messages if "video backend" in message]
     assert "pyav" in line
     assert "no film" in line or "7 bytes" in line
+    times = {name: float(ms) for name, ms in re.findall(r"(\w+) ([\d.]+) ms a clip", line)}
+    assert "pyav" in times
+    # What a backend imports is not timed: it would be a hundred milliseconds a clip and more.
+    assert max(times.values()) < 8 * times["pyav"]
     assert timed._video_backend in BACKENDS
     for given, seed, loaded in zip(RECORDS[6:9], SEEDS[6:9], found[1:], strict=True):
         # torchcodec, where it was chosen, gives PyAV's pixels.

@@ -174,9 +174,10 @@ def assert_as_exact_as_pytorch(
     Half a unit in the last place of the largest value is granted besides, since both results are
     rounded to the dtype once; a whole one to gradients, which also inherit the rounding of single
     scores, in which PyTorch may be lucky; two units where a few values are each a sum over the
-    whole batch, four where that is one value a head, since processors sum in different orders (2.8
-    were seen with AVX-512). Gradients that are 0 because every row sees one key are differences of
-    equal terms of size 1: sixteen units of that.
+    whole batch, four where that is one value a head: its terms may be 25 times larger than their
+    sum and carry the output's rounding, which differs between processors (2.8 units were seen with
+    AVX-512, where eager was 37 times nearer by luck). Gradients that are 0 because every row sees
+    one key are differences of equal terms of size 1: sixteen units of that.
     """
     rounded = given.rounded(dtype)
     exact = rounded.run("eager", torch.float64)

@@ -241,7 +241,19 @@ class MediaLoader:
         if rows["video"] and self._video_backend == "auto":
             clips = [records[row].media for row in rows["video"]]
             self._video_backend = self._choose_backend(clips[:CLIPS_TO_TIME])
-        films = [(row, self._clip(records[row], seeds[row])) for row in rows["video"]]
+        films = [
+            (
+                row,
+                self._clip(
+                    self._processes(),
+                    records[row].media,
+                    self.options,
+                    seeds[row],
+                    self._video_backend,
+                ),
+            )
+            for row in rows["video"]
+        ]
         sounds = [(row, self._waveform(records[row], seeds[row])) for row in rows["audio"]]
         pictures = self._load_images(
             [records[row] for row in rows["image"]], [seeds[row] for row in rows["image"]]
@@ -259,36 +271,31 @@ class MediaLoader:
             self._cache.keep(record, loaded)
         return loaded_rows
 
-    def _clip(self, record: Record, seed: str) -> Future[np.ndarray]:
-        options = self.options
-        return self._processes().clip(
-            record.media,
+    def _clip(
+        self, workers: DecodeWorkers, media: Media, options: MediaOptions, seed: str, backend: str
+    ) -> Future[np.ndarray]:
+        return workers.clip(
+            media,
             options.video_frames,
             options.video_size,
             indices=options.video_indices,
             mode=options.video_transform,
             seed=seed,
-            backend=self._video_backend,
+            backend=backend,
         )
 
     def _choose_backend(self, clips: Sequence[Media]) -> str:
         """The backend that is quickest on the first clips; it never changes what is decoded by more
         than `read_frames` says."""
-        options, workers = self.options, self._processes()
         usable = [name for name in BACKENDS if name != "nvdec" or self._device() == "gpu"]
+        options = self.options.fixed()
+        # One process: with several, what each of them imports for a backend would be timed too.
+        with DecodeWorkers(1, self.loading.limits) as worker:
 
-        def decode(media: Media, backend: str) -> None:
-            workers.clip(
-                media,
-                options.video_frames,
-                options.video_size,
-                indices="uniform",
-                mode="exact",
-                seed=None,
-                backend=backend,
-            ).result()
+            def decode(media: Media, backend: str) -> None:
+                self._clip(worker, media, options, "", backend).result()
 
-        return choose_backend(clips, usable, decode)
+            return choose_backend(clips, usable, decode)
 
     def _waveform(self, record: Record, seed: str) -> Future[np.ndarray]:
         options = self.options

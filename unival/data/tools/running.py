@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import queue
-import resource
 import signal
 import sys
 import time
@@ -18,6 +17,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
+
+from unival.data_gpu.worker import cap_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -132,8 +133,7 @@ def _kill(pid: int) -> None:
 def _prepare(memory: int) -> None:
     """In a new process: Ctrl-C is the parent's to handle, and memory is capped."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+    cap_memory(memory)
 
 
 @contextmanager
