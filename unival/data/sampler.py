@@ -19,18 +19,28 @@ class LoaderState:
     seed: int
     samples: dict[str, int] = field(default_factory=dict)
 
-    def take(self, source: str, rows_per_rank: int, rank: int, world_size: int) -> range:
-        """Consume rows_per_rank samples of a source on every rank: the positions of this one.
-
-        The ranks hold consecutive runs, so that `world_size` ranks with `rows_per_rank` rows
-        consume together what one rank with `world_size * rows_per_rank` rows would.
-        """
-        if not 0 <= rank < world_size or rows_per_rank < 1:
-            raise ValueError(f"no rank {rank} of {world_size}, {rows_per_rank} rows")
+    def take(self, source: str, rows: int) -> range:
+        """Consume the next rows of a source: their positions in its stream."""
+        if rows < 0:
+            raise ValueError(f"{rows} rows of {source!r}")
         first = self.samples.get(source, 0)
-        self.samples[source] = first + rows_per_rank * world_size
-        start = first + rank * rows_per_rank
-        return range(start, start + rows_per_rank)
+        self.samples[source] = first + rows
+        return range(first, first + rows)
+
+    def share(self, rows: int, weights: dict[str, float]) -> list[tuple[str, int]]:
+        """Consume rows of several sources, each as often as its weight says: (source, position).
+
+        Every row comes from the source that lags furthest behind its share of all rows so far, so
+        that the counts are never more than a row per source away from it.
+        """
+        whole = sum(weights.values())
+        taken = sum(self.samples.get(source, 0) for source in weights)
+        found = []
+        for number in range(taken + 1, taken + rows + 1):
+            lag = {s: w / whole * number - self.samples.get(s, 0) for s, w in weights.items()}
+            source = max(lag, key=lambda name: lag[name])
+            found.append((source, self.take(source, 1).start))
+        return found
 
     def copy(self) -> LoaderState:
         return LoaderState(self.seed, dict(self.samples))

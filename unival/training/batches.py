@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import os
@@ -9,13 +10,13 @@ import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from unival.data.batch import collate
-from unival.data.media import MediaLoader
+from unival.data.media import MediaLoader, MediaOptions
 from unival.data.records import MEDIUM_OF_KIND, Record, RecordError
 from unival.data.sampler import LoaderState, RecordStream
 from unival.data.shards import TarShards
@@ -33,12 +34,18 @@ Examples = list[tuple[str, Example]]  # of one row, with the names of their task
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of a micro-batch, the task of every row, and the weight of its mean loss."""
+    """One pass: tensors, the task of every row, the weight of the micro-batch's mean loss.
+
+    group    the micro-batch of the config that the pass is a part of
+    samples  what it was made of, for a person: source, id, file and row
+    """
 
     tensors: dict[str, Tensor]
     tasks: list[str]
     weight: float
     medium: str
+    group: int = 0
+    samples: list[dict[str, str | int]] = field(default_factory=list)
 
 
 def read_context(folder: str | None, fine_tuning: bool) -> TaskContext:
@@ -53,6 +60,16 @@ def read_context(folder: str | None, fine_tuning: bool) -> TaskContext:
 
     types = json.loads((root / "type2ans.json").read_text(encoding="utf-8"))
     return TaskContext(lines("all_captions.txt"), lines("object.txt"), types, fine_tuning)
+
+
+def stage_media(run: Run, stage: Stage) -> MediaOptions:
+    """How the media of a stage are prepared."""
+    known = {entry.name for entry in fields(MediaOptions)}
+    for name in stage.media:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"stage {stage.name!r}: unknown media.{name}; did you mean {near!r}?")
+    return replace(run.media, **stage.media)
 
 
 def open_sources(run: Run) -> dict[str, TsvTable | TarShards]:
@@ -80,6 +97,15 @@ class Row:
     position: int
     kind: str = ""
     tried: int = 0
+
+
+@dataclass(frozen=True)
+class Usable:
+    """What a row became: its medium, its examples, and where they are from."""
+
+    medium: Tensor
+    examples: Examples
+    sample: dict[str, str | int]
 
 
 class BatchMaker:
@@ -114,7 +140,9 @@ class BatchMaker:
             for name, table in self.tables.items()
         }
         self.state = LoaderState(run.seed)
-        self.loader = MediaLoader(run.media, run.loading, int(os.environ.get("LOCAL_RANK", "0")))
+        self.lengths = None if run.text_lengths is None else tuple(run.text_lengths)
+        media = stage_media(run, stage)
+        self.loader = MediaLoader(media, run.loading, int(os.environ.get("LOCAL_RANK", "0")))
 
     def __enter__(self) -> BatchMaker:
         return self
@@ -127,9 +155,39 @@ class BatchMaker:
         self.loader.close()
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of the next step, in the order of the config. `step` says which of the
+        """This rank's passes of the next step, in the order of the config. `step` says which of the
         mixtures take part (`every`)."""
-        return [self._micro_batch(step, micro) for micro in self.stage.micro_batches]
+        found = []
+        for group, micro in enumerate(self.stage.micro_batches):
+            rows = self._rows(step, micro)
+            for number in range(self.stage.accumulate):
+                piece = number * self.world_size + self.rank
+                mine = [row for whole in rows for row in self._piece(whole, piece)]
+                found.append(self._micro_batch(mine, micro, group))
+        return found
+
+    def _rows(self, step: int, micro: MicroBatch) -> list[list[Row]]:
+        """The rows of a step of all ranks: a list for each mixture, one of all where they share."""
+        if micro.rows is None:
+            return [
+                [Row(mix, position) for position in self.state.take(mix.source, mix.rows)]
+                for mix in micro.mixture
+                if step % mix.every == 0
+            ]
+        mixes = {mix.source: mix for mix in micro.mixture}
+        weights = {
+            "balanced": lambda mix: 1.0,
+            "proportional": lambda mix: float(len(self.tables[mix.source])),
+            "weights": lambda mix: mix.weight,
+        }[micro.balance]
+        shares = {source: weights(mix) for source, mix in mixes.items()}
+        shared = self.state.share(micro.rows, shares)
+        return [[Row(mixes[source], position) for source, position in shared]]
+
+    def _piece(self, rows: list[Row], piece: int) -> list[Row]:
+        """The rows of one rank in one pass. The ranks hold consecutive runs."""
+        count = len(rows) // (self.world_size * self.stage.accumulate)
+        return rows[piece * count : (piece + 1) * count]
 
     def steps(self, first: int, last: int) -> Iterator[tuple[list[Batch], LoaderState]]:
         """Steps first..last-1, `prefetch` of them prepared ahead, each with the state to save after
@@ -151,25 +209,21 @@ class BatchMaker:
     def _step_and_state(self, step: int) -> tuple[list[Batch], LoaderState]:
         return self.step(step), self.state.copy()
 
-    def _micro_batch(self, step: int, micro: MicroBatch) -> Batch:
-        rows = [
-            Row(mix, position)
-            for mix in micro.mixture
-            if step % mix.every == 0
-            for position in self.state.take(mix.source, mix.rows, self.rank, self.world_size)
-        ]
+    def _micro_batch(self, rows: list[Row], micro: MicroBatch, group: int) -> Batch:
         examples: list[tuple[Example, int]] = []
         tasks: list[str] = []
         filled = self._fill(rows, micro.medium)
-        for index, (_, made) in enumerate(filled):
-            examples += [(example, index) for _, example in made]
-            tasks += [name for name, _ in made]
-        media = [tensor for tensor, _ in filled]
-        return Batch(collate(examples, media, micro.medium), tasks, micro.weight, micro.medium)
+        for index, usable in enumerate(filled):
+            examples += [(example, index) for _, example in usable.examples]
+            tasks += [name for name, _ in usable.examples]
+        media = [usable.medium for usable in filled]
+        tensors = collate(examples, media, micro.medium, lengths=self.lengths)
+        samples = [usable.sample for usable in filled]
+        return Batch(tensors, tasks, micro.weight, micro.medium, group, samples)
 
-    def _fill(self, rows: Sequence[Row], medium: str) -> list[tuple[Tensor, Examples]]:
-        """Each row's medium and examples, or those of a substitute where the row is unusable."""
-        filled: dict[int, tuple[Tensor, Examples]] = {}
+    def _fill(self, rows: Sequence[Row], medium: str) -> list[Usable]:
+        """What each row gives, or a substitute where the row is unusable."""
+        filled: dict[int, Usable] = {}
         for _ in range(ATTEMPTS):
             missing = {index: row for index, row in enumerate(rows) if index not in filled}
             if not missing:
@@ -183,7 +237,7 @@ class BatchMaker:
                 )
         return [filled[index] for index in range(len(rows))]
 
-    def _attempt(self, rows: Mapping[int, Row], medium: str) -> dict[int, tuple[Tensor, Examples]]:
+    def _attempt(self, rows: Mapping[int, Row], medium: str) -> dict[int, Usable]:
         """What could be used of the rows' next records; the others are quarantined."""
         read: list[tuple[int, Row, Record]] = []
         for index, row in rows.items():
@@ -194,7 +248,7 @@ class BatchMaker:
         loaded = self.loader.load(
             [record for _, _, record in read], [self._seed(row) for _, row, _ in read]
         )
-        usable: dict[int, tuple[Tensor, Examples]] = {}
+        usable: dict[int, Usable] = {}
         for (index, row, record), medium_of_row in zip(read, loaded, strict=True):
             try:
                 if isinstance(medium_of_row, RecordError):
@@ -203,7 +257,10 @@ class BatchMaker:
             except RecordError as error:
                 self._refuse(row, record.id, error)
                 continue
-            usable[index] = (medium_of_row.tensor, made)
+            origin = record.origin
+            sample = {"source": row.mix.source, "id": record.id}
+            sample |= {"file": str(origin.file), "row": origin.row}
+            usable[index] = Usable(medium_of_row.tensor, made, sample)
             self.quarantine.count(row.mix.source)
         return usable
 
@@ -254,29 +311,3 @@ class BatchMaker:
         if not made:
             raise RecordError(record.origin, "type", f"no task of {wanted} takes {record.kind!r}")
         return made
-
-
-def check_run(run: Run) -> None:
-    """Refuse what no step could be made of: unknown tasks or media, micro-batches without rows.
-
-    Raises:
-        ValueError: names the stage and what would be right.
-    """
-    for stage in run.stages:
-        named = set(stage.evaluate)
-        if not stage.micro_batches:
-            raise ValueError(f"stage {stage.name!r} has no micro_batches")
-        for micro in stage.micro_batches:
-            named |= {task for mix in micro.mixture for task in mix.tasks}
-            if micro.medium not in MEDIUM_OF_KIND.values():
-                known = ", ".join(sorted(set(MEDIUM_OF_KIND.values())))
-                raise ValueError(f"stage {stage.name!r}: medium {micro.medium!r}; known: {known}")
-            if not any(mix.every == 1 and mix.rows > 0 for mix in micro.mixture):
-                raise ValueError(
-                    f"stage {stage.name!r}: a micro-batch needs a mixture with rows in every step "
-                    "(every: 1, rows of at least 1)"
-                )
-        for name in sorted(named - TASKS.keys()):
-            raise ValueError(
-                f"stage {stage.name!r}: unknown task {name!r}; known: {', '.join(TASKS)}"
-            )

@@ -2,35 +2,78 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from unival.model.batchnorm import set_batchnorm_statistics
+from unival.data.batch import MEDIUM_KEYS
+from unival.model.batchnorm import set_batchnorm_contribution, set_batchnorm_statistics
+from unival.model.compiling import compile_parts
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
-from unival.training.batches import Batch
+from unival.training.batches import Batch, stage_media
+from unival.training.deepspeed_config import deepspeed_config, precision_of
+from unival.training.ema import Average
+from unival.training.freezing import freeze
 from unival.training.losses import Criterion
 from unival.training.options import Run, Stage
+from unival.training.parts import PartClock
+from unival.training.zero_state import base_optimizer, pieces, zero_stage
+from unival.vocabulary import BOS, EOS, IGNORE
+
+log = logging.getLogger(__name__)
+
+MEDIA = ("text", *MEDIUM_KEYS)
+WAIT = timedelta(hours=24)  # for rank 0, which measures models and writes them
 
 
 @dataclass
 class StepResult:
-    """Means over all ranks: loss, per-task nll, gradient norm; counts of examples and tokens."""
+    """Means over all ranks: loss, per-task nll, gradient norm; counts of examples and tokens.
+
+    finite   the update was made; else nothing has moved on any rank, and `scaling` says whether
+             that was fp16's search for its loss scale
+    stop     a rank was asked to stop
+    failed   a rank could not write its checkpoint
+    """
 
     loss: float
     task_nll: dict[str, float]
     grad_norm: float
     samples: int
     tokens: int
+    finite: bool = True
+    scaling: bool = False
+    stop: bool = False
+    failed: bool = False
 
 
-def init_distributed() -> tuple[int, int]:
-    """Join or make the process group (of one in a plain `python` run): (rank, world size)."""
+@dataclass
+class World:
+    """The ranks of a run; `control` joins them by gloo, on CPU tensors, and waits a day."""
+
+    rank: int
+    size: int
+    control: Any
+
+    def barrier(self) -> None:
+        """Wait for all ranks, also while rank 0 measures or writes."""
+        dist.barrier(group=self.control)
+
+
+def init_distributed() -> World:
+    """Join or make the process group (of one in a plain `python` run).
+
+    NCCL where there is a GPU, else gloo.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     for name, value in {
@@ -47,7 +90,8 @@ def init_distributed() -> tuple[int, int]:
         # Compiling the shared-memory collective takes a minute and gains nothing here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    return dist.get_rank(), dist.get_world_size()
+    control = dist.new_group(backend="gloo", timeout=WAIT)
+    return World(dist.get_rank(), dist.get_world_size(), control)
 
 
 def learning_rate(stage: Stage, step: int) -> float:
@@ -59,101 +103,22 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.learning_rate * max(0.0, 1.0 - (step - warmup) / max(horizon - warmup, 1))
 
 
-def deepspeed_config(run: Run, stage: Stage) -> dict[str, Any]:
-    """The ds_config of a stage. A step's micro-batches are its gradient accumulation."""
-    rows = max(sum(mix.rows for mix in micro.mixture) for micro in stage.micro_batches)
-    return {
-        "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": len(stage.micro_batches),
-        "gradient_clipping": stage.clip_norm,
-        "zero_optimization": {"stage": run.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": run.precision == "bf16"},
-        "steps_per_print": 10**9,
-    }
+class TrainingModel(nn.Module):
+    """The model and its loss in one forward pass: ZeRO 3 shows a module its weights only there."""
 
+    def __init__(self, model: UnivalForConditionalGeneration, criterion: Criterion) -> None:
+        super().__init__()
+        self.model, self.criterion = model, criterion
 
-class Engine:
-    """A model in training: forward, backward and update of one step over all ranks."""
-
-    def __init__(self, model: UnivalForConditionalGeneration, run: Run, stage: Stage) -> None:
-        import deepspeed
-
-        if run.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision={run.precision!r}; known: fp32, bf16")
-        if run.precision == "bf16" and run.zero_stage == 0:
-            # DeepSpeed's stage 0 spends one Adam step at start; its first updates are too small.
-            raise ValueError("precision=bf16 wants zero_stage of at least 1")
-        self.run, self.stage = run, stage
-        set_batchnorm_statistics(model, run.batchnorm)  # type: ignore[arg-type]
-        for stack in (model.encoder, model.decoder):
-            stack.gradient_checkpointing = run.recompute
-        self._freeze_unused(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=stage.learning_rate,
-            betas=(run.optimizer.betas[0], run.optimizer.betas[1]),
-            eps=run.optimizer.eps,
-            weight_decay=run.optimizer.weight_decay,
-            fused=True,
-        )
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(run, stage)
-        )
-        self.model = model
-        self.world_size = dist.get_world_size()
-        self.criterion = Criterion(
-            label_smoothing=stage.label_smoothing,
-            log_end=stage.log_end,
-            drop_worst_ratio=stage.drop_worst_ratio,
-            drop_worst_after=stage.drop_worst_after,
-        )
-
-    def _freeze_unused(self, model: UnivalForConditionalGeneration) -> None:
-        """No optimizer state and no decay for encoders whose medium the stage does not show."""
-        shown = {micro.medium for micro in self.stage.micro_batches}
-        for name, parameter in model.named_parameters():
-            for medium in ("image", "video", "audio"):
-                if name.startswith(f"encoder.{medium}_") and medium not in shown:
-                    parameter.requires_grad_(False)
-
-    def step(self, batches: list[Batch], update: int) -> StepResult:
-        """One optimizer step.
-
-        The loss is the sum over micro-batches of weight times mean over the target tokens of all
-        ranks, so that it does not depend on how many ranks share the rows.
-        """
-        counts = torch.tensor(
-            [self.criterion.kept(batch.tensors["labels"], update) for batch in batches],
-            dtype=torch.float64,
-            device=self.deepspeed.device,
-        )
-        dist.all_reduce(counts)
-        torch.manual_seed(self.run.seed + update * self.world_size + dist.get_rank())
-        self.deepspeed.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.stage, update)
-        # Row t: summed nll and token count of the t-th task; the last row: the loss.
-        sums = torch.zeros(len(TASKS) + 1, 2, dtype=torch.float64, device=counts.device)
-        for batch, count in zip(batches, counts.tolist(), strict=True):
-            loss = self._micro_loss(batch, update, sums)
-            sums[-1, 0] += batch.weight * loss.detach() / count
-            self.deepspeed.backward(
-                loss * (batch.weight * self.world_size / count), scale_wrt_gas=False
-            )
-            self.deepspeed.step()
-        return self._result(sums, batches)
-
-    def _micro_loss(self, batch: Batch, update: int, sums: Tensor) -> Tensor:
-        """Summed loss of a micro-batch; adds each task's nll and token count to `sums`."""
-        tensors = {name: t.to(self.deepspeed.device) for name, t in batch.tensors.items()}
+    def forward(self, batch: dict[str, Tensor], update: int) -> tuple[Tensor, Tensor]:
+        """Summed loss of a micro-batch, and nll [B * U] of its tokens."""
+        tensors = dict(batch)
         labels, weight = tensors.pop("labels"), tensors.pop("loss_weight")
-        dtype = next(self.model.parameters()).dtype
+        embedding = self.model.get_input_embeddings().weight
         for name in ("pixel_values", "video_values"):
             if name in tensors:
-                tensors[name] = tensors[name].to(dtype)
-        out = self.deepspeed(**tensors, output_logits=False)
+                tensors[name] = tensors[name].to(embedding.dtype)
+        out = self.model(**tensors, output_logits=False)
         result = self.criterion.of_states(
             out.decoder_last_hidden_state,
             self.model.get_input_embeddings().weight,
@@ -162,12 +127,270 @@ class Engine:
             update=update,
             backend=self.model.config.kernel_backend,
         )
-        names = list(TASKS)
-        task_of_row = torch.tensor([names.index(task) for task in batch.tasks])
-        nll = result.token_nll.double().view(labels.shape).sum(1)
-        entries = torch.stack([nll, self.criterion.counted(labels).sum(1).double()], dim=1)
-        sums.index_add_(0, task_of_row.to(nll.device), entries)
-        return result.loss
+        return result.loss, result.token_nll
+
+
+def absent_batch(like: Batch, medium: str) -> Batch:
+    """A row of a medium without a target: what a rank runs whose own micro-batch is of another.
+
+    Its loss is a sum over no tokens, so its gradients are exact zeros.
+    """
+    device = like.tensors["labels"].device
+    ids = torch.tensor([[BOS, EOS]], device=device)
+    tensors = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
+        "decoder_input_ids": ids[:, :1].clone(),
+        "labels": torch.full_like(ids[:, :1], IGNORE),
+        "loss_weight": torch.ones(1, device=device),
+        "media_index": torch.zeros(1, dtype=torch.int64, device=device),
+    }
+    return Batch(tensors, [], 0.0, medium, like.group)
+
+
+class Engine:
+    """A model in training: forward, backward and update of one step over all ranks.
+
+    Attributes:
+        model: the model; its weights are DeepSpeed's to place.
+        deepspeed: the DeepSpeed engine.
+        names: the name of every parameter.
+        pieces: this rank's pieces of the trained parameters.
+        frozen: float32 copies of what is not trained, on the CPU of rank 0; half precision would
+            round what a checkpoint hands on.
+        average: of the weights, where the stage wants one.
+    """
+
+    def __init__(
+        self, model: UnivalForConditionalGeneration, run: Run, stage: Stage, world: World
+    ) -> None:
+        import deepspeed
+
+        self.run, self.stage, self.model, self.world = run, stage, model, world
+        config = deepspeed_config(run, stage)
+        self.precision = precision_of(config)
+        self._prepare(model)
+        self.criterion = Criterion(
+            label_smoothing=stage.label_smoothing,
+            log_end=stage.log_end,
+            drop_worst_ratio=stage.drop_worst_ratio,
+            drop_worst_after=stage.drop_worst_after,
+        )
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        trained = [p for p in self.names if p.requires_grad]
+        self.frozen = {}
+        if world.rank == 0:
+            self.frozen = {
+                name: p.detach().float().cpu().clone()
+                for p, name in self.names.items()
+                if not p.requires_grad
+            }
+        # At stage 0 DeepSpeed clips, but neither tells the norm nor looks whether it is finite.
+        self.clip_norm = float(config.get("gradient_clipping", 0.0))
+        if int(config["zero_optimization"]["stage"]) == 0:
+            config["gradient_clipping"] = 0.0
+        self.deepspeed, self.optimizer, _, self.scheduler = deepspeed.initialize(
+            model=TrainingModel(model, self.criterion),
+            model_parameters=trained,
+            optimizer=None if "optimizer" in config else self._adamw(trained),
+            config=config,
+        )
+        self.device = self.deepspeed.device
+        self._stop = self._failed = False
+        self.pieces = pieces(self.deepspeed, self.names)
+        self.buffers = dict(model.named_buffers())
+        self.shapes = {name: buffer.shape for name, buffer in self.buffers.items()}
+        # Under ZeRO 3 a parameter's own shape is that of what is left of it.
+        self.shapes |= {n: getattr(p, "ds_shape", p.shape) for p, n in self.names.items()}
+        self._running = [b for n, b in self.buffers.items() if "running_" in n]
+        self._running_before = [b.clone() for b in self._running]
+        self.average = None
+        if stage.ema_decay is not None:
+            self.average = Average(stage.ema_decay, self.pieces, self.buffers)
+        self.clock = PartClock(self.device)
+
+    def _prepare(self, model: UnivalForConditionalGeneration) -> None:
+        run, stage = self.run, self.stage
+        set_batchnorm_statistics(model, run.batchnorm)  # type: ignore[arg-type]
+        counts = freeze(model, stage.freeze, [micro.medium for micro in stage.micro_batches])
+        log.info(
+            "stage %s trains %d of %d parameters", stage.name, counts["trained"], sum(counts.values())
+        )
+        for stack in (model.encoder, model.decoder):
+            stack.gradient_checkpointing = run.recompute
+        if run.compile != "off":
+            if run.deepspeed.zero_stage == 3:
+                raise ValueError(
+                    f"compile={run.compile} with ZeRO stage 3: the hooks that gather weights break "
+                    "compiled graphs apart; take deepspeed.zero_stage of 2 or less"
+                )
+            compile_parts(model, run.compile)
+
+    def _adamw(self, trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        options = self.run.optimizer
+        return torch.optim.AdamW(
+            trained,
+            lr=self.stage.learning_rate,
+            betas=(options.betas[0], options.betas[1]),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+
+    def step(self, batches: list[Batch], update: int) -> StepResult:
+        """One optimizer step, or none where a loss or a gradient is not finite on any rank.
+
+        The loss is the sum over micro-batches of weight times mean over the target tokens of all
+        ranks and passes, so that it does not depend on how the rows are split. Ranks whose passes
+        are of different media run the others' with an empty batch: every rank takes part in every
+        collective of ZeRO and of shared batch norm, in one order.
+        """
+        with self.clock.part("agree"):
+            passes, counts = self.passes(batches, update)
+            agreed_stop, agreed_failed = self._stop, self._failed
+            if self._running:
+                torch._foreach_copy_(self._running_before, self._running)
+        self.seed(update)
+        self.deepspeed.train()
+        if self.scheduler is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.stage, update)
+        # Row t: summed nll and token count of the t-th task; the last row: the loss.
+        sums = torch.zeros(len(TASKS) + 1, 2, dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(passes, start=1):
+            self.deepspeed.set_gradient_accumulation_boundary(number == len(passes))
+            with self.clock.part("forward"):
+                loss = self._micro_loss(batch, update, sums)
+                share = batch.weight / max(counts[batch.group], 1.0)
+                sums[-1, 0] += share * loss.detach()
+                # A loss that is not finite makes gradients that are not, on whichever rank they end:
+                # infinity alone would not (a target whose logit is -inf has a finite gradient).
+                loss = loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
+            with self.clock.part("backward"):
+                self.deepspeed.backward(loss * (share * self.world.size), scale_wrt_gas=False)
+        with self.clock.part("optimizer"):
+            norm, finite, scaling = self._update()
+        if finite and self.average is not None:
+            with self.clock.part("average"):
+                self.average.update()
+        if not finite and self._running:
+            torch._foreach_copy_(self._running, self._running_before)
+        with self.clock.part("agree"):
+            result = self._result(sums, batches)
+        result.grad_norm, result.finite, result.scaling = norm, finite, scaling
+        result.stop, result.failed = agreed_stop, agreed_failed
+        return result
+
+    def seed(self, update: int) -> None:
+        """Dropout of an update follows from the seed, the update and the rank."""
+        number = self.run.seed + update * self.world.size + self.world.rank
+        torch.manual_seed(number)
+        random.seed(number)  # the choice of image tokens (sample_patch_num)
+
+    def request(self, stop: bool = False, failed: bool = False) -> None:
+        """Tell all ranks in the next step that this one was asked to stop, or could not save."""
+        self._stop |= stop
+        self._failed |= failed
+
+    def passes(self, batches: list[Batch], update: int) -> tuple[list[Batch], list[float]]:
+        """The passes that this rank runs, and the target tokens of each micro-batch on all ranks.
+
+        Also tells the ranks each other's requests; all call it together.
+        """
+        groups = 1 + max(batch.group for batch in batches)
+        counts = torch.zeros(groups, dtype=torch.float64)
+        shown = torch.zeros(len(batches), len(MEDIA), dtype=torch.float64)
+        for number, batch in enumerate(batches):
+            counts[batch.group] += self.criterion.kept(batch.tensors["labels"], update)
+            shown[number, MEDIA.index(batch.medium)] = 1.0
+        flags = torch.tensor([self._stop, self._failed], dtype=torch.float64)
+        told = torch.cat([counts, shown.flatten(), flags])
+        dist.all_reduce(told, group=self.world.control)
+        self._stop, self._failed = (bool(flag > 0) for flag in told[-2:])
+        shown = told[groups:-2].view_as(shown) > 0
+        passes = []
+        for batch, media in zip(batches, shown, strict=True):
+            for index in media.nonzero().flatten().tolist():
+                own = MEDIA[index] == batch.medium
+                passes.append(batch if own else self._absent(batch, MEDIA[index]))
+        return passes, told[:groups].tolist()
+
+    def _absent(self, like: Batch, medium: str) -> Batch:
+        batch = absent_batch(like, medium)
+        media = self.media_shape(medium)
+        if media is not None:
+            batch.tensors[MEDIUM_KEYS[medium]] = torch.zeros(1, *media)
+        return batch
+
+    def media_shape(self, medium: str) -> tuple[int, ...] | None:
+        """Shape of one medium of the stage."""
+        media = stage_media(self.run, self.stage)
+        return {
+            "text": None,
+            "image": (3, media.image_size, media.image_size),
+            "video": (3, media.video_frames, media.video_size, media.video_size),
+            "audio": (media.audio_samples,),
+        }[medium]
+
+    def _micro_loss(self, batch: Batch, update: int, sums: Tensor) -> Tensor:
+        """Summed loss of a micro-batch; adds each task's nll and token count to `sums`."""
+        tensors = {name: t.to(self.device, non_blocking=True) for name, t in batch.tensors.items()}
+        labels = tensors["labels"]
+        set_batchnorm_contribution(self.model, bool(batch.tasks))
+        loss, token_nll = self.deepspeed(tensors, update)
+        if batch.tasks:
+            names = list(TASKS)
+            task_of_row = torch.tensor([names.index(task) for task in batch.tasks])
+            nll = token_nll.detach().double().view(labels.shape).sum(1)
+            entries = torch.stack([nll, self.criterion.counted(labels).sum(1).double()], dim=1)
+            sums.index_add_(0, task_of_row.to(nll.device), entries)
+        return loss
+
+    def _update(self) -> tuple[float, bool, bool]:
+        """Clip by the global norm and update, if that norm is finite.
+
+        DeepSpeed's ZeRO optimizers look at the norm themselves, on all ranks alike.
+
+        Returns:
+            The norm before clipping, whether it was finite, and whether a norm that was not is
+            fp16's search for its loss scale.
+        """
+        if zero_stage(self.deepspeed) == 0:
+            gradients = [p.grad for p in self.names if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not norm.isfinite():
+                self.deepspeed.zero_grad()
+                return float(norm), False, False
+            if self.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip_norm, norm)
+            self.deepspeed.step()
+            return float(norm), True, False
+        scale = self.loss_scale
+        self.deepspeed.step()
+        if self.optimizer.overflow:
+            return float("nan"), False, self.precision == "fp16" and scale > 1.0
+        return float(self.deepspeed.get_global_grad_norm()), True, False
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's factor of the loss; 1 in other precisions."""
+        return float(self.optimizer.cur_scale) if self.precision == "fp16" else 1.0
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """Where fp16's search for the loss scale stands."""
+        if self.precision != "fp16":
+            return {}
+        scaler = self.optimizer.loss_scaler
+        return {n: v for n, v in vars(scaler).items() if isinstance(v, int | float)}
+
+    def set_loss_scaler_state(self, state: dict[str, float]) -> None:
+        for name, value in state.items():
+            setattr(self.optimizer.loss_scaler, name, value)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last update."""
+        return float(base_optimizer(self.deepspeed).param_groups[0]["lr"])
 
     def _result(self, sums: Tensor, batches: list[Batch]) -> StepResult:
         examples = sum(len(batch.tasks) for batch in batches)
@@ -180,11 +403,10 @@ class Engine:
         dist.all_reduce(total)
         *tasks, (loss, _), (examples, tokens) = total.tolist()
         pairs = dict(zip(TASKS, tasks, strict=True))
-        norm = self.deepspeed.get_global_grad_norm()
         return StepResult(
             loss=loss,
             task_nll={task: nll / count for task, (nll, count) in pairs.items() if count},
-            grad_norm=float("nan") if norm is None else float(norm),
+            grad_norm=float("nan"),
             samples=int(examples),
             tokens=int(tokens),
         )

@@ -1,8 +1,9 @@
-"""Where a run writes what it measures: JSONL, TensorBoard, a progress bar or plain lines."""
+"""Where a run writes what it measures: JSONL, TensorBoard, W&B, a progress bar or plain lines."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -32,20 +33,41 @@ def _bad(counts: dict[str, int]) -> str:
     return f"  bad: {', '.join(some)}" if some else ""
 
 
+def line(entry: dict[str, Any], total: int, left: float) -> str:
+    """One line for a person."""
+    tasks = " ".join(f"{name} {value:.3f}" for name, value in entry["tasks"].items())
+    parts = " ".join(f"{name} {share:.0%}" for name, share in entry["parts"].items())
+    mfu = "" if entry["mfu"] is None else f" ({entry['mfu']:.1%} of peak)"
+    scale = "" if entry["loss_scale"] == 1 else f"  scale {entry['loss_scale']:g}"
+    refused = f"  refused steps {entry['refused']}" if entry["refused"] else ""
+    return (
+        f"{entry['stage']} step {entry['step']}  {entry['global_step']}/{total}  "
+        f"loss {entry['loss']:.4f} ({tasks})  lr {entry['lr']:.2e}  grad {entry['grad_norm']:.3g}"
+        f"{scale}  {entry['samples_per_second']:.1f} samples/s  "
+        f"{entry['tokens_per_second']:.0f} tokens/s  {entry['tflops']:.3g} TFLOP/s{mfu}  "
+        f"wait {entry['data_wait']:.0%} {parts}  {entry['memory_gib']:.2f} GiB  "
+        f"left {clock(left)}{refused}{_bad(entry['bad_samples'])}"
+    )
+
+
 class RunLog:
-    """Metrics of rank 0: metrics.jsonl, TensorBoard events, and progress for a person.
+    """Metrics of rank 0: metrics.jsonl, TensorBoard events, W&B, and progress for a person.
 
     On a terminal the current step stays on one line; elsewhere every log_every-th step is a line.
     """
 
-    def __init__(self, folder: Path, total_steps: int, log_every: int, tensorboard: bool) -> None:
-        self.folder, self.total, self.log_every = folder, total_steps, log_every
+    def __init__(
+        self, folder: Path, total_steps: int, tensorboard: bool, wandb: str | None = None
+    ) -> None:
+        self.folder, self.total = folder, total_steps
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.events = None
+        self.events, self.wandb = None, None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.events = SummaryWriter(str(folder / "tensorboard"))
+        if wandb is not None:
+            self.wandb = _start_wandb(folder, wandb)
         self.started, self.first = time.monotonic(), 0
         self.progress = None
         if sys.stderr.isatty():
@@ -61,37 +83,58 @@ class RunLog:
         """Start the estimate anew at a stage: its steps cost something else than those before."""
         self.started, self.first = time.monotonic(), done
 
-    def step(self, entry: dict[str, Any], write: bool) -> None:
-        """One training step; written to the files when `write` says so."""
-        done = entry["global_step"]
+    def advance(self, stage: str, step: int, done: int, loss: float) -> None:
+        """Move the bar of a terminal on."""
         if self.progress is not None:
-            text = f"{entry['stage']} {entry['step']} loss {entry['loss']:.3f}"
+            text = f"{stage} {step} loss {loss:.3f}"
             self.progress.update(self.bar, completed=done, description=text)
-        if not write:
-            return
-        self.file.write(json.dumps(entry) + "\n")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """What a log interval has measured. NaN is written as null: JSON has no other word."""
+        done = entry["global_step"]
+        self.file.write(json.dumps(_without_nan(entry)) + "\n")
         self.file.flush()
+        numbers = {n: v for n, v in entry.items() if isinstance(v, int | float)}
+        scalars = {f"train/{name}": value for name, value in numbers.items()}
+        for group in ("tasks", "parts"):
+            scalars |= {f"{group}/{name}": value for name, value in entry[group].items()}
         if self.events is not None:
-            for name, value in entry.items():
-                if isinstance(value, int | float):
-                    self.events.add_scalar(f"train/{name}", value, done)
-            for name, value in entry["tasks"].items():
-                self.events.add_scalar(f"nll/{name}", value, done)
+            for name, value in scalars.items():
+                self.events.add_scalar(name, value, done)
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=done)
         if self.progress is None:
             passed = time.monotonic() - self.started
             left = passed / max(done - self.first, 1) * (self.total - done)
-            print(
-                f"{entry['stage']} step {entry['step']}  {done}/{self.total}  "
-                f"loss {entry['loss']:.4f}  lr {entry['lr']:.2e}  "
-                f"{entry['samples_per_second']:.1f} samples/s  wait {entry['data_wait']:.0%}  "
-                f"left {clock(left)}{_bad(entry['bad_samples'])}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(line(entry, self.total, left), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.file.close()
         if self.events is not None:
             self.events.close()
+        if self.wandb is not None:
+            self.wandb.finish()
         if self.progress is not None:
             self.progress.stop()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    return value
+
+
+def _start_wandb(folder: Path, project: str) -> Any:
+    """A W&B run that goes on where the folder's earlier one stopped."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"wandb={project!r} wants Weights & Biases: pip install wandb, or wandb=null"
+        ) from error
+    path = folder / "wandb_id.txt"
+    id = path.read_text(encoding="utf-8").strip() if path.is_file() else wandb.util.generate_id()
+    path.write_text(id, encoding="utf-8")
+    return wandb.init(project=project, id=id, resume="allow", dir=str(folder), name=folder.name)

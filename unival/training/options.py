@@ -20,40 +20,63 @@ class Source:
 
 @dataclass
 class Mixture:
-    """Rows of one source in a micro-batch.
+    """A source's part in a micro-batch.
 
-    rows   per rank
-    tasks  each row gives one example for every task that accepts its kind
-    every  take part only in every n-th step (CC12M: 8)
+    rows    in a step, of all ranks together; 0 where the micro-batch's `rows` are shared out
+    tasks   each row gives one example for every task that accepts its kind
+    every   take part only in every n-th step (CC12M: 8)
+    weight  share of the micro-batch's rows, with `balance: weights`
     """
 
     source: str
-    rows: int
+    rows: int = 0
     tasks: list[str] = field(default_factory=list)
     every: int = 1
+    weight: float = 1.0
 
 
 @dataclass
 class MicroBatch:
-    """One forward and backward pass: one medium, a mixture of rows, a weight of its mean loss."""
+    """One medium, a mixture of rows, a weight of its mean loss.
+
+    rows     in a step, of all ranks together, shared by the sources as `balance` says; absent: every
+             mixture says its own
+    balance  balanced (all alike), proportional (to the sources' sizes) or weights (the mixtures')
+    """
 
     medium: str
     mixture: list[Mixture]
     weight: float = 1.0
+    rows: int | None = None
+    balance: str = "balanced"
 
 
 @dataclass
 class Stage:
     """One stage of the curriculum: its steps, what a step is made of, its schedule and loss.
 
+    accumulate      passes that a rank's rows of each micro-batch are split into
     schedule_steps  horizon of the linear decay; the stage may stop before it (released: 50 epochs)
+    init_from       a saved model; absent: the stage before, or fresh weights in the first
+    weights         public weight files by part (text, image, video, audio) that replace those
+    freeze          what is not trained: names of unival.training.freezing.RULES
+    ema_decay       of an average of the weights (released: 0.9999), measured instead of them
+    media           fields of the run's `media` that this stage has otherwise
     fine_tuning     prompts and targets of fine-tuning instead of pretraining
     evaluate        tasks measured on the stage's model; before the run, on the first model
+    evaluate_every  steps between measurements during the stage; absent: at its end only
+    best            `task/metric` that decides which checkpoints are the best
     """
 
     name: str
     steps: int
     micro_batches: list[MicroBatch]
+    accumulate: int = 1
+    init_from: str | None = None
+    weights: dict[str, str] = field(default_factory=dict)
+    freeze: list[str] = field(default_factory=list)
+    ema_decay: float | None = None
+    media: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-4
     warmup_ratio: float = 0.01
     schedule_steps: int | None = None
@@ -64,15 +87,31 @@ class Stage:
     drop_worst_ratio: float = 0.0
     drop_worst_after: int = 0
     evaluate: list[str] = field(default_factory=list)
+    evaluate_every: int | None = None
+    best: str | None = None
 
 
 @dataclass
 class ModelOptions:
-    """config: a file of configs/model; overrides: UnivalConfig fields; init_from: a saved model."""
+    """config: a file of configs/model; overrides: UnivalConfig fields."""
 
     config: str = "configs/model/unival_base.yaml"
     overrides: dict[str, Any] = field(default_factory=dict)
-    init_from: str | None = None
+
+
+@dataclass
+class DeepSpeedOptions:
+    """How the state of training is spread over the ranks.
+
+    config             a ds_config JSON, used as it is; the other fields here, `precision`,
+                       `optimizer` and `clip_norm` then speak only where it is silent
+    zero_stage         0: nothing is sharded, 1: optimizer state, 2: and gradients, 3: and weights
+    offload_optimizer  optimizer state and its arithmetic on the CPU
+    """
+
+    config: str | None = None
+    zero_stage: int = 1
+    offload_optimizer: bool = False
 
 
 @dataclass
@@ -88,13 +127,19 @@ class Optimizer:
 class Run:
     """A training run.
 
-    batchnorm        local (released), sync, or frozen
-    precision        fp32 or bf16; bf16 wants zero_stage >= 1
-    answers          a file of candidate answers, one a line, that questions are answered from
-    evaluate_before  measure the first model too
-    recompute        keep of each transformer layer only attention's results; backward makes the
-                     rest again, all matrix products but those of scores and values
-    checkpoint_every steps between checkpoints; keep: how many remain
+    batchnorm         local (released), sync, frozen, or folded: frozen and part of the convolutions
+    precision         fp32, bf16 or fp16; halves want deepspeed.zero_stage of at least 1
+    answers           a file of candidate answers, one a line, that questions are answered from
+    evaluate_before   measure the first model too
+    recompute         keep of each transformer layer only attention's results; backward makes the
+                      rest again, all matrix products but those of scores and values
+    compile           off, default, or cuda_graphs, which wants text_lengths
+    text_lengths      source and target tokens that every row is padded to; absent: the longest's
+    nonfinite         what a step with a loss or gradient that is not finite ends in: skip, halt or
+                      rollback to the last checkpoint, with the samples after the step's
+    nonfinite_limit   such steps in a row, or rollbacks, before the run halts all the same
+    checkpoint_every  steps between checkpoints; keep: how many remain; keep_best: and of the best
+    wandb             a Weights & Biases project
     """
 
     output: str
@@ -104,6 +149,7 @@ class Run:
     media: MediaOptions = field(default_factory=MediaOptions)
     loading: Loading = field(default_factory=Loading)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    deepspeed: DeepSpeedOptions = field(default_factory=DeepSpeedOptions)
     evaluate_before: bool = True
     evaluate_batch: int = 16
     negatives: str | None = None
@@ -112,10 +158,15 @@ class Run:
     dict_path: str | None = None
     seed: int = 7
     precision: str = "fp32"
-    zero_stage: int = 1
     batchnorm: str = "local"
     recompute: bool = False
+    compile: str = "off"
+    text_lengths: list[int] | None = None
+    nonfinite: str = "halt"
+    nonfinite_limit: int = 8
     checkpoint_every: int = 100
     keep: int = 2
+    keep_best: int = 1
     log_every: int = 10
     tensorboard: bool = True
+    wandb: str | None = None

@@ -2,44 +2,72 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import shlex
+import shutil
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from unival.config import load_config, save_config
+from unival.convert.parts import initialise
+from unival.data.sampler import LoaderState
+from unival.data.shards import expand
 from unival.evaluation.runner import Evaluation, evaluate
 from unival.model.configuration import UnivalConfig
 from unival.model.loading import load_model
 from unival.model.modeling import UnivalForConditionalGeneration
-from unival.training.batches import BatchMaker, check_run, open_sources, read_answers
-from unival.training.checkpoint import ResumeError, StageFolder
-from unival.training.engine import Engine, init_distributed, learning_rate
+from unival.training import throughput
+from unival.training.batches import Batch, BatchMaker, open_sources, read_answers, stage_media
+from unival.training.checkpoint import (
+    ResumeError,
+    SaveError,
+    Saver,
+    StageFolder,
+    restore,
+    write_json,
+)
+from unival.training.checks import check_data, check_run
+from unival.training.engine import Engine, StepResult, World, init_distributed
+from unival.training.faults import NonFiniteError, Preempted, diagnose, on_request
 from unival.training.logs import RunLog, memory_gib
 from unival.training.options import Run, Stage
 from unival.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
+# What a run that goes on must have in common with the one that began.
+SAME = ("stages", "sources", "model", "media", "seed", "precision", "batchnorm", "optimizer")
 
-def make_model(run: Run, previous: Path | None) -> UnivalForConditionalGeneration:
-    """The last finished stage's model, else `init_from`, else fresh weights from the run's seed."""
-    source = previous or (Path(run.model.init_from) if run.model.init_from else None)
+
+def make_model(
+    run: Run, stage: Stage, previous: Path | None
+) -> UnivalForConditionalGeneration:
+    """The stage's `init_from`, else the model of the stage before, else fresh weights from the
+    run's seed; then the stage's weight files."""
+    source = stage.init_from or previous
     if source is None:
         torch.manual_seed(run.seed)
         config = UnivalConfig.from_yaml(run.model.config, **run.model.overrides)
-        return UnivalForConditionalGeneration(config)
-    return load_model(source)
+        model = UnivalForConditionalGeneration(config)
+    else:
+        model = load_model(source)
+    for part, path in stage.weights.items():
+        filled = initialise(model, part, path)
+        log.info("%s: %d tensors of %s", stage.name, len(filled), path)
+    return model
 
 
-def check_media(run: Run, model: UnivalForConditionalGeneration) -> None:
+def check_media(run: Run, stage: Stage, model: UnivalForConditionalGeneration) -> None:
     """Refuse spectrograms that are not those of the model."""
-    asked = (run.media.audio_hop_size, run.media.audio_sample_rate)
+    media = stage_media(run, stage)
+    asked = (media.audio_hop_size, media.audio_sample_rate)
     own = (model.config.hop_size, model.config.audio_sample_rate)
     if asked[0] is not None and asked != own:
         raise ValueError(
@@ -48,19 +76,48 @@ def check_media(run: Run, model: UnivalForConditionalGeneration) -> None:
         )
 
 
-def check_same_run(run: Run, folder: Path) -> None:
-    """Refuse to go on in a folder whose run had other stages, data or model (rank 0)."""
-    path = folder / "config.yaml"
+def describe_data(run: Run) -> dict[str, dict[str, int]]:
+    """Records and bytes of every source: what tells one version of a list from another."""
+    tables = open_sources(run)
+    return {
+        name: {
+            "records": len(tables[name]),
+            "bytes": sum(path.stat().st_size for path in expand(source.path)),
+        }
+        for name, source in run.sources.items()
+    }
+
+
+def begin(run: Run, folder: Path, world: World) -> None:
+    """Make the run's folder, or go on in it.
+
+    Raises:
+        ResumeError: its run had other stages, data or model.
+    """
+    path, data = folder / "config.yaml", describe_data(run)
     if path.is_file():
         before = load_config(Run, path)
-        for name in ("stages", "sources", "model", "media", "seed", "precision"):
+        for name in SAME:
             if getattr(before, name) != getattr(run, name):
                 raise ResumeError(
                     f"{folder}: was begun with another {name!r}; choose another `output`"
                 )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(run, path)
-    (folder / "command.txt").write_text(shlex.join(sys.orig_argv) + "\n", encoding="utf-8")
+    if (folder / "data.json").is_file():
+        known = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+        for name, told in data.items():
+            if known.get(name) != told:
+                raise ResumeError(
+                    f"{folder}: was begun with another list in source {name!r} "
+                    f"({run.sources[name].path}): {known.get(name)}, now {told}"
+                )
+    world.barrier()  # all have read before one writes
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "failures", ignore_errors=True)
+        save_config(run, path)
+        write_json(folder / "data.json", data)
+        (folder / "command.txt").write_text(shlex.join(sys.orig_argv) + "\n", encoding="utf-8")
+    world.barrier()
 
 
 def _say_when_done(task: str, done: int, total: int) -> None:
@@ -77,6 +134,8 @@ def measure(
 ) -> None:
     """Evaluate the stages' tasks and add the result to what `folder` holds already."""
     tables, answers = open_sources(run), read_answers(run)
+    if torch.cuda.is_available():
+        model.to("cuda")
     found = Evaluation.load(folder) if (folder / "evaluation.json").is_file() else None
     for stage in stages:
         result = evaluate(
@@ -84,7 +143,7 @@ def measure(
             vocabulary,
             tables,
             stage.evaluate,
-            run.media,
+            stage_media(run, stage),
             loading=run.loading,
             answers=answers,
             fine_tuned=stage.evaluate if stage.fine_tuning else [],
@@ -109,115 +168,286 @@ def train(run: Run) -> Path:
 
     Raises:
         ValueError, ResumeError: the config, or the run folder, cannot be used.
+        Preempted: SIGTERM or SIGUSR1 came; everything is saved.
+        NonFiniteError: a loss or gradient was not finite, under the policy to halt.
+        SaveError: a checkpoint could not be written.
     """
-    check_run(run)
-    rank, _ = init_distributed()
+    world = init_distributed()
+    check_run(run, world.size)
+    check_data(run)
     folder = Path(run.output)
-    if rank == 0:
-        check_same_run(run, folder)
-    dist.barrier()
+    begin(run, folder, world)
     vocabulary = Vocabulary(run.text_order, run.dict_path)
     run_log = None
-    total = sum(stage.steps for stage in run.stages)
-    if rank == 0:
-        run_log = RunLog(folder, total, run.log_every, run.tensorboard)
+    if world.rank == 0:
+        total = sum(stage.steps for stage in run.stages)
+        run_log = RunLog(folder, total, run.tensorboard, run.wandb)
+        log.info("TFLOP/s and MFU: %s", throughput.FORMULA)
     previous, done = None, 0
     for stage in run.stages:
         place = StageFolder(folder, stage.name)
         if not place.finished:
-            model = make_model(run, previous)
-            check_media(run, model)
-            if torch.cuda.is_available():
-                model.to(torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-            first = not done and not (place.path / "progress.json").is_file()
-            if rank == 0 and first and run.evaluate_before:
-                measured = [s for s in run.stages if s.evaluate]
-                measure(run, measured, model, vocabulary, folder / "evaluation_before")
-            dist.barrier()
-            train_stage(run, stage, model, vocabulary, place, done, run_log)
-            if rank == 0:
+            model = make_model(run, stage, previous)
+            check_media(run, stage, model)
+            if world.rank == 0:
+                place.clear_unfinished()
+                if not done and not place.begun and run.evaluate_before:
+                    measured = [s for s in run.stages if s.evaluate]
+                    measure(run, measured, model, vocabulary, folder / "evaluation_before")
+            world.barrier()
+            StageRun(run, stage, model, vocabulary, place, world, done, run_log).train()
+            if world.rank == 0:
+                last = place.latest()
+                assert last is not None
                 if stage.evaluate:
-                    measure(run, [stage], model, vocabulary, folder / "evaluation_after")
-                place.finish(model, vocabulary)
-            dist.barrier()
+                    measure(
+                        run, [stage], _to_measure(last), vocabulary, folder / "evaluation_after"
+                    )
+                place.finish(last)
+            world.barrier()
         previous, done = place.model, done + stage.steps
-    if rank == 0:
-        assert run_log is not None and previous is not None
+    if run_log is not None:
         run_log.close()
-    dist.barrier()
+    world.barrier()
     assert previous is not None
     return previous
 
 
-def train_stage(
-    run: Run,
-    stage: Stage,
-    model: UnivalForConditionalGeneration,
-    vocabulary: Vocabulary,
-    place: StageFolder,
-    steps_before: int,
-    run_log: RunLog | None,
-) -> None:
-    """Train one stage from its last checkpoint to its end."""
-    place.path.mkdir(parents=True, exist_ok=True)
-    engine = Engine(model, run, stage)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    quarantine = place.path.parents[1] / "quarantine" / f"{stage.name}-rank{rank}.jsonl"
-    with BatchMaker(run, stage, vocabulary, rank, world_size, quarantine) as maker:
-        start, maker.state = place.restore(engine.deepspeed, maker.state)
-        if run_log is not None:
-            run_log.begin_stage(steps_before + start)
-        _train_steps(run, stage, engine, maker, place, start, steps_before, run_log)
+def _to_measure(checkpoint: Path) -> UnivalForConditionalGeneration:
+    """The exported model of a checkpoint: the average of the weights where there is one."""
+    averaged = checkpoint / "model_ema"
+    return load_model(averaged if averaged.is_dir() else checkpoint / "model")
 
 
-def _train_steps(
-    run: Run,
-    stage: Stage,
-    engine: Engine,
-    maker: BatchMaker,
-    place: StageFolder,
-    start: int,
-    steps_before: int,
-    run_log: RunLog | None,
-) -> None:
-    began = time.monotonic()
-    for update, (batches, state) in enumerate(maker.steps(start, stage.steps), start=start + 1):
-        waited = time.monotonic() - began
-        result = engine.step(batches, update)
-        seconds = time.monotonic() - began
+class StageRun:
+    """One stage from its last checkpoint to its end."""
+
+    def __init__(
+        self,
+        run: Run,
+        stage: Stage,
+        model: UnivalForConditionalGeneration,
+        vocabulary: Vocabulary,
+        place: StageFolder,
+        world: World,
+        steps_before: int,
+        run_log: RunLog | None,
+    ) -> None:
+        self.run, self.stage, self.vocabulary = run, stage, vocabulary
+        self.place, self.world, self.log = place, world, run_log
+        self.steps_before = steps_before
+        self.folder = place.path.parents[1]
+        self.engine = Engine(model, run, stage, world)
+        self.saver = Saver(self.engine, place, vocabulary, run.keep, run.keep_best)
+        self.refused_in_row = self.refused = self.rollbacks = 0
+        self._saved = -1  # the step of the last checkpoint
+        self.interval = Interval()
+        on_request(lambda: self.engine.request(stop=True))
+
+    def train(self) -> None:
+        """Train until the last step, a request to stop, or a fault that ends the run."""
+        rank, size = self.world.rank, self.world.size
+        quarantine = self.folder / "quarantine" / f"{self.stage.name}-rank{rank}.jsonl"
+        try:
+            with BatchMaker(
+                self.run, self.stage, self.vocabulary, rank, size, quarantine
+            ) as maker:
+                found = restore(self.engine, self.place, self.saver)
+                done = 0
+                if found is not None:
+                    done, maker.state = found
+                    self._saved = done
+                if self.log is not None:
+                    self.log.begin_stage(self.steps_before + done)
+                while done < self.stage.steps:
+                    done, maker.state = self._steps(maker, done)
+                if self._saved != done:
+                    self.saver.save(done, maker.state)
+            self.saver.wait()
+            self.world.barrier()  # the checkpoint is whole when rank 0 has passed
+        except BaseException:
+            self.saver.abandon()
+            raise
+
+    def _steps(self, maker: BatchMaker, done: int) -> tuple[int, LoaderState]:
+        """Train until the stage's end or a rollback; returns where the stage is then."""
+        state = maker.state
         began = time.monotonic()
-        write = update % run.log_every == 0 or update == stage.steps
-        bad = _bad_samples(maker, engine) if write else {}
-        if run_log is not None:
-            entry = {
-                "stage": stage.name,
+        for update, (batches, state) in enumerate(
+            maker.steps(done, self.stage.steps), start=done + 1
+        ):
+            waited = time.monotonic() - began
+            self.engine.request(failed=self.saver.failed)
+            result = self.engine.step(batches, update)
+            if result.failed:
+                self.saver.wait()
+                raise SaveError("another rank could not write its checkpoint; its message says why")
+            if not result.finite and not result.scaling and self._refused(batches, update):
+                return self._roll_back(), state
+            if result.finite:
+                self.refused_in_row = 0
+            seconds = time.monotonic() - began
+            began = time.monotonic()
+            self.interval.add(result, waited, seconds, batches)
+            if update % self.run.log_every == 0 or update == self.stage.steps:
+                self._write(maker, update, state)
+            elif self.log is not None:
+                done_all = self.steps_before + update
+                self.log.advance(self.stage.name, update, done_all, result.loss)
+            self._save_if_due(update, state, result.stop)
+        return self.stage.steps, state
+
+    def _save_if_due(self, update: int, state: LoaderState, stop: bool) -> None:
+        if stop or (update % self.run.checkpoint_every == 0 and update < self.stage.steps):
+            with self.engine.clock.part("save"):
+                self.saver.save(update, state)
+            self._saved = update
+        if stop:
+            self.saver.wait()
+            self.world.barrier()
+            raise Preempted(f"stage {self.stage.name} after step {update}")
+        every = self.stage.evaluate_every
+        if every is not None and update % every == 0 and update < self.stage.steps:
+            self._evaluate(update)
+
+    def _evaluate(self, update: int) -> None:
+        """Measure the checkpoint of this step (rank 0), and keep it if it is the best."""
+        self.saver.wait()
+        if self.world.rank == 0:
+            path = self.place.at(update)
+            model = _to_measure(path)
+            measure(self.run, [self.stage], model, self.vocabulary, path / "evaluation")
+            self.place.prune(self.run.keep, self.run.keep_best, self.stage.best)
+        self.world.barrier()
+
+    def _refused(self, batches: list[Batch], update: int) -> bool:
+        """Report a step that was not finite; whether to roll back. Raises where the run halts."""
+        self.refused += 1
+        self.refused_in_row += 1
+        found = diagnose(self.engine, batches, update)
+        path = self.folder / "nonfinite"
+        path /= f"{self.stage.name}-step{update:06d}-rank{self.world.rank}.json"
+        bad = [e for e in found if e["first_module"] or e.get("first_gradient")]
+        policy = self.run.nonfinite
+        if bad or self.world.rank == 0:
+            path.parent.mkdir(exist_ok=True)
+            told = {"stage": self.stage.name, "step": update, "rank": self.world.rank}
+            write_json(path, told | {"policy": policy, "passes": found})
+        for entry in bad:
+            module = entry["first_module"] or {"module": entry["first_gradient"]}
+            log.warning(
+                "step %d is not finite: %s of medium %s; %s: %s",
+                update,
+                module["module"],
+                entry["medium"],
+                policy,
+                path,
+            )
+        self.world.barrier()  # every rank's report is there before one ends the run
+        limit = self.run.nonfinite_limit
+        many = self.refused_in_row > limit if policy == "skip" else self.rollbacks >= limit
+        if policy == "halt" or many:
+            after = "" if policy == "halt" else f" (nonfinite_limit={limit})"
+            raise NonFiniteError(
+                f"stage {self.stage.name}: the loss or a gradient of step {update} is not finite"
+                f"{after}; {path.parent} says where; no weights were changed by it"
+            )
+        return policy == "rollback"
+
+    def _roll_back(self) -> int:
+        """Go back to the last checkpoint's weights; the samples go on."""
+        self.saver.wait()
+        self.world.barrier()
+        self.rollbacks += 1
+        found = restore(self.engine, self.place, self.saver)
+        if found is None:
+            raise NonFiniteError(
+                f"stage {self.stage.name}: there is no checkpoint yet to roll back to"
+            )
+        return found[0]
+
+    def _write(self, maker: BatchMaker, update: int, state: LoaderState) -> None:
+        """Write down what the steps since the last time have measured; all ranks call it."""
+        bad = self._bad_samples(maker)
+        measured = self.interval.read(self.engine)
+        if self.log is None:
+            return
+        epochs = {name: maker.streams[name].epoch(count) for name, count in state.samples.items()}
+        self.log.write(
+            {
+                "stage": self.stage.name,
                 "step": update,
-                "global_step": steps_before + update,
-                "loss": result.loss,
-                "tasks": result.task_nll,
-                "lr": learning_rate(stage, update),
-                "grad_norm": result.grad_norm,
-                "samples_per_second": result.samples / seconds,
-                "tokens_per_second": result.tokens / seconds,
-                "step_seconds": seconds,
-                "data_wait": waited / seconds,
+                "global_step": self.steps_before + update,
+                "lr": self.engine.lr,
+                "loss_scale": self.engine.loss_scale,
                 "memory_gib": memory_gib(),
                 "bad_samples": bad,
-                "samples_seen": update * result.samples,
-                "epochs": {
-                    name: maker.streams[name].epoch(count) for name, count in state.samples.items()
-                },
+                "refused": self.refused,
+                "rollbacks": self.rollbacks,
+                "epochs": epochs,
+                **measured,
             }
-            run_log.step(entry, write=write)
-        if update % run.checkpoint_every == 0 and update < stage.steps:
-            place.save(engine.deepspeed, update, run.keep, state)
+        )
+
+    def _bad_samples(self, maker: BatchMaker) -> dict[str, int]:
+        """Bad samples of each source so far in the stage, on all ranks."""
+        names = sorted(maker.streams)
+        counts = torch.tensor([maker.quarantine.bad[name] for name in names])
+        dist.all_reduce(counts, group=self.world.control)
+        return dict(zip(names, counts.tolist(), strict=True))
 
 
-def _bad_samples(maker: BatchMaker, engine: Engine) -> dict[str, int]:
-    """Bad samples of each source so far in the stage, on all ranks."""
-    names = sorted(maker.streams)
-    counts = torch.tensor(
-        [maker.quarantine.bad[name] for name in names], device=engine.deepspeed.device
-    )
-    dist.all_reduce(counts)
-    return dict(zip(names, counts.tolist(), strict=True))
+class Interval:
+    """Sums over the steps between two entries of the log."""
+
+    def __init__(self) -> None:
+        self.samples_seen = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.steps = self.updates = 0
+        self.loss = self.waited = self.seconds = self.flops = 0.0
+        self.samples = self.tokens = 0
+        self.tasks: dict[str, list[float]] = defaultdict(list)
+        self.grad_norm = float("nan")
+
+    def add(
+        self, result: StepResult, waited: float, seconds: float, batches: list[Batch]
+    ) -> None:
+        """Take in a step; a refused one has no loss to average."""
+        self.steps += 1
+        self.waited += waited
+        self.seconds += seconds
+        self.samples += result.samples
+        self.samples_seen += result.samples
+        self.tokens += result.tokens
+        self.batches = batches
+        if result.finite:
+            self.updates += 1
+            self.loss += result.loss
+            self.grad_norm = result.grad_norm
+            for name, value in result.task_nll.items():
+                self.tasks[name].append(value)
+
+    def read(self, engine: Engine) -> dict[str, Any]:
+        """Means and rates since the last reading. Operations are counted on the last step's
+        shapes; TFLOP/s and MFU are of one rank's device."""
+        flops = throughput.step_flops(engine.model.config, self.batches)
+        rate = flops * self.steps / self.seconds
+        peak = throughput.peak_flops(engine.device, engine.precision)
+        parts = engine.clock.read()
+        found = {
+            "loss": self.loss / self.updates if self.updates else float("nan"),
+            "tasks": {name: sum(v) / len(v) for name, v in self.tasks.items()},
+            "grad_norm": self.grad_norm,
+            "samples_per_second": self.samples / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "tflops": rate / 1e12,
+            "mfu": None if peak is None else rate / peak,
+            "step_seconds": self.seconds / self.steps,
+            "data_wait": self.waited / self.seconds,
+            "parts": {name: seconds / self.seconds for name, seconds in parts.items()},
+            "samples_seen": self.samples_seen,
+        }
+        self._clear()
+        return found
