@@ -42,13 +42,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import flops
 import torch
 from torch import Tensor, nn
 
 from unival.data.batch import MEDIUM_KEYS, collate
 from unival.data.media import Loading, MediaLoader, MediaOptions
 from unival.data.records import Origin, Record
+from unival.model import flops
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks.base import Example

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from unival.model import flops
 from unival.model.configuration import UnivalConfig
 from unival.model.image_encoder import ImageEncoder
 from unival.model.modeling import UnivalForConditionalGeneration
@@ -22,15 +21,6 @@ ROOT = Path(__file__).parents[2]
 SIZES = {"image": (96, 64), "video": (8, 64, 96), "audio": (48000,), "text": ()}
 TINY = ["--config", "unival_tiny", "--batch", "2", "--image", "64", "--steps", "1"]
 NO_GPU = "torch finds no GPU on this machine (torch.cuda.is_available() is False)"
-
-
-@pytest.fixture(scope="module")
-def flops() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("flops", ROOT / "benchmarks" / "flops.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def config_of(name: str, **changed: object) -> UnivalConfig:
@@ -115,9 +105,7 @@ def test_a_medium_without_encoder_is_refused() -> None:
 
 @pytest.mark.parametrize("medium", list(SIZES))
 @pytest.mark.parametrize("sample_patch_num", [None, 2])
-def test_formulas_equal_torchs_count(
-    flops: ModuleType, medium: str, sample_patch_num: int | None
-) -> None:
+def test_formulas_equal_torchs_count(medium: str, sample_patch_num: int | None) -> None:
     config = config_of("unival_tiny", sample_patch_num=sample_patch_num)
     model = UnivalForConditionalGeneration(config).eval()
     batch, text, target, size = 3, 7, 5, SIZES[medium]
@@ -141,7 +129,7 @@ def test_formulas_equal_torchs_count(
 
 
 @pytest.mark.parametrize("name", ["unival_base", "ofa_base", "unival_large"])
-def test_formulas_of_the_full_encoders(flops: ModuleType, name: str) -> None:
+def test_formulas_of_the_full_encoders(name: str) -> None:
     config = config_of(name)
     found, tokens, _ = flops.image_encoder(config, (384, 384))
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -30,34 +30,29 @@ def test_the_order_is_pinned():
     assert [stream.index(p) for p in range(8)] == [4, 7, 6, 3, 5, 2, 1, 0]
 
 
-@pytest.mark.parametrize(("world", "rows"), [(1, 12), (2, 6), (3, 4), (4, 3), (12, 1)])
-def test_a_step_consumes_the_same_records_for_every_world_size(world, rows):
-    states = [LoaderState(3) for _ in range(world)]
-    for step in range(6):
-        taken = [p for rank in range(world) for p in states[rank].take("a", rows, rank, world)]
-        assert taken == list(range(12 * step, 12 * step + 12))
-    assert all(state.samples == {"a": 72} for state in states)
-
-
-def test_the_order_goes_on_where_the_number_of_ranks_changes_in_the_middle_of_an_epoch():
-    stream, state, seen = RecordStream(23, 3, "a"), LoaderState(3), []
-    for world, steps in ((1, 3), (2, 2), (4, 3), (1, 5)):
-        for _ in range(steps):
-            ranks = [state.copy() for _ in range(world)]  # each resumes from what was saved
-            seen += [p for rank in range(world) for p in ranks[rank].take("a", 3, rank, world)]
-            assert all(rank == ranks[0] for rank in ranks)
-            state = ranks[0]
-    assert seen == list(range(3 * (3 + 4 + 12 + 5)))
-    assert sorted(stream.index(p) for p in seen[:23]) == list(range(23))
-    assert stream.epoch(46) == 2.0
-
-
 def test_sources_are_counted_apart_and_a_source_used_twice_gives_other_samples():
     state = LoaderState(1)
-    assert state.take("a", 2, 0, 1) == range(0, 2)
-    assert state.take("b", 3, 0, 1) == range(0, 3)
-    assert state.take("a", 2, 0, 1) == range(2, 4)
+    assert state.take("a", 2) == range(0, 2)
+    assert state.take("b", 3) == range(0, 3)
+    assert state.take("a", 2) == range(2, 4)
     assert state.samples == {"a": 4, "b": 3}
+    assert RecordStream(23, 3, "a").epoch(46) == 2.0
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (5.0, 2.0, 1.0), (1.0, 1e-3, 0.5)])
+def test_shared_rows_are_never_more_than_one_away_from_their_share(weights):
+    state, shares, given = LoaderState(1), dict(zip("abc", weights, strict=True)), []
+    for step in range(40):
+        given += state.share(7, shares)
+        for name, weight in shares.items():
+            due = 7 * (step + 1) * weight / sum(weights)
+            assert abs(state.samples.get(name, 0) - due) <= 1 + 1e-9
+    # A step of 7 rows forty times is one step of 280, and a copy goes on like the original.
+    assert given == LoaderState(1).share(280, shares)
+    assert state.copy().share(9, shares) == state.share(9, shares)
+    for name in "abc":
+        positions = [position for source, position in given if source == name]
+        assert positions == list(range(len(positions)))
 
 
 def test_substitutes_are_all_the_other_records_once():
@@ -75,6 +70,5 @@ def test_wrong_arguments_are_refused():
         RecordStream(0, 1, "a")
     with pytest.raises(ValueError, match="negative"):
         RecordStream(3, 1, "a").index(-1)
-    for rows, rank, world in ((0, 0, 1), (1, 2, 2), (1, -1, 2)):
-        with pytest.raises(ValueError, match="rank"):
-            LoaderState(0).take("a", rows, rank, world)
+    with pytest.raises(ValueError, match="-1 rows of 'a'"):
+        LoaderState(0).take("a", -1)

@@ -289,7 +289,7 @@ STEP = """
 import json, sys
 from unival.config import load_config
 from unival.kernels.attention import forward
-from unival.training.batches import BatchMaker, check_run
+from unival.training.batches import BatchMaker
 from unival.training.engine import Engine, init_distributed
 from unival.training.options import Run
 from unival.training.trainer import make_model
@@ -304,15 +304,14 @@ def counted(*args, **kwargs):
 
 forward.launch = counted
 config, overrides = sys.argv[1], sys.argv[2:]
-init_distributed()
+world = init_distributed()
 for backend in ("auto", "triton"):
     before = count
     run = load_config(
         Run, config, [*overrides, f"model.overrides.attention_backend={backend}"]
     )
-    check_run(run)
     stage = run.stages[0]
-    engine = Engine(make_model(run, None), run, stage)
+    engine = Engine(make_model(run, stage, None), run, stage, world)
     batches = BatchMaker(run, stage, Vocabulary(run.text_order), 0, 1).step(0)
     result = engine.step(batches, 1)
     print("RESULT", json.dumps({

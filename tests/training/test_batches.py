@@ -162,7 +162,7 @@ def test_the_samples_go_on_in_order_on_one_two_four_and_one_ranks(make, data):
         for _ in range(steps):
             after = []
             for rank in range(world):
-                with make(table, rows=2, rank=rank, world=world) as maker:
+                with make(table, rows=2 * world, rank=rank, world=world) as maker:
                     maker.state = state.copy()
                     rows = seen(maker)
                     maker.step(1)

@@ -23,6 +23,7 @@ def collate(
     media: Sequence[Tensor],
     medium: str,
     pad_id: int = PAD,
+    lengths: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
     """One micro-batch.
 
@@ -32,6 +33,7 @@ def collate(
         media: R tensors of one shape, as `media.Loaded` describes them; unused for text.
         medium: image, video, audio or text.
         pad_id: fills input_ids and decoder_input_ids on the right.
+        lengths: T and U, so that all batches have one shape; absent: the longest rows'.
 
     Returns:
         input_ids, decoder_input_ids int64 [B, T], [B, U]; attention_mask bool [B, T]; labels int64
@@ -41,7 +43,7 @@ def collate(
 
     Raises:
         ValueError: no examples, unequal lengths of decoder_input and target, a wrong index, media
-            of unequal shapes.
+            of unequal shapes, a row longer than `lengths`.
     """
     if not examples:
         raise ValueError("a batch needs an example")
@@ -54,13 +56,15 @@ def collate(
         if medium != "text" and not 0 <= index < len(media):
             raise ValueError(f"example {number}: medium {index} of {len(media)}")
     sources = [example.source for example, _ in examples]
-    lengths = torch.tensor([len(source) for source in sources])
-    input_ids = _pad(sources, pad_id)
+    inputs = [example.decoder_input for example, _ in examples]
+    source_length = _length(sources, None if lengths is None else lengths[0], "source")
+    length = _length(inputs, None if lengths is None else lengths[1], "target")
+    real = torch.tensor([len(source) for source in sources])
     batch = {
-        "input_ids": input_ids,
-        "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],
-        "decoder_input_ids": _pad([example.decoder_input for example, _ in examples], pad_id),
-        "labels": _pad([example.target for example, _ in examples], IGNORE),
+        "input_ids": _pad(sources, pad_id, source_length),
+        "attention_mask": torch.arange(source_length) < real[:, None],
+        "decoder_input_ids": _pad(inputs, pad_id, length),
+        "labels": _pad([example.target for example, _ in examples], IGNORE, length),
         "loss_weight": torch.tensor([example.weight for example, _ in examples]).float(),
         "media_index": torch.tensor([index for _, index in examples]),
     }
@@ -69,9 +73,17 @@ def collate(
     return batch
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """int64 [rows, longest], filled on the right."""
-    padded = torch.full((len(rows), max(len(row) for row in rows)), value, dtype=torch.int64)
+def _length(rows: Sequence[Sequence[int]], limit: int | None, what: str) -> int:
+    """What rows are padded to: the limit, or the longest row."""
+    for number, row in enumerate(rows):
+        if limit is not None and len(row) > limit:
+            raise ValueError(f"example {number}: {len(row)} {what} tokens; the limit is {limit}")
+    return max(len(row) for row in rows) if limit is None else limit
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, length: int) -> Tensor:
+    """int64 [rows, length], filled on the right."""
+    padded = torch.full((len(rows), length), value, dtype=torch.int64)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = torch.tensor(row, dtype=torch.int64)
     return padded

@@ -19,10 +19,11 @@ class Conv3d(nn.Conv3d):
     aborts the process in the stem's.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
-            return super().forward(x)
-        return self._conv_forward(x.float(), self.weight.float(), None).to(x.dtype)
+            return super()._conv_forward(x, weight, bias)
+        wide = None if bias is None else bias.float()
+        return super()._conv_forward(x.float(), weight.float(), wide).to(x.dtype)
 
 
 class Bottleneck3d(nn.Module):

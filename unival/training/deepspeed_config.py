@@ -13,10 +13,11 @@ from unival.training.options import Run, Stage
 
 log = logging.getLogger(__name__)
 
-BATCH_KEYS = (
+STEP_KEYS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
 )
 BUCKET = 50_000_000  # elements that are reduced at once: DeepSpeed's own 500 M double a rank's memory
 # fairseq's fp16: first scale 2**7, doubled after 128 good updates.
@@ -37,7 +38,7 @@ def deepspeed_config(run: Run, stage: Stage) -> dict[str, Any]:
     if run.deepspeed.config is not None:
         path = Path(run.deepspeed.config)
         given = _read(path)
-        for key in BATCH_KEYS:
+        for key in STEP_KEYS:
             if given.get(key, "auto") not in ("auto", config[key]):
                 log.warning("%s: %s is ignored: the stage's rows decide", path, key)
             given[key] = config[key]
@@ -45,6 +46,7 @@ def deepspeed_config(run: Run, stage: Stage) -> dict[str, Any]:
         for key in ("gradient_clipping", "bf16", "fp16"):
             if key not in given and config.get(key):
                 log.info("%s is silent about %s: %s", path, key, config[key])
+    del config["train_batch_size"]  # DeepSpeed multiplies it from the other two
     _refuse_traps(config)
     return config
 
@@ -77,6 +79,9 @@ def _generated(run: Run, stage: Stage) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": len(stage.micro_batches) * stage.accumulate,
+        # A step ends with `step()`. DeepSpeed's own counting takes the last pass for the one in which
+        # every weight gets its gradient, which passes of other media do not give (CPU offload).
+        "managed_gradient_accumulation": False,
         "gradient_clipping": stage.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -111,16 +116,16 @@ def _filled(given: dict[str, Any], generated: dict[str, Any]) -> dict[str, Any]:
             silent.pop(key, None)
     if given.get("bf16", {}).get("enabled") is True:
         given["bf16"].setdefault("check_grad_overflow", True)
-    filled = silent | {key: _without_auto(key, given[key], generated.get(key)) for key in given}
+    filled = silent | {key: _without_auto(given[key], generated.get(key)) for key in given}
     return {key: value for key, value in filled.items() if value is not None}
 
 
-def _without_auto(key: str, value: Any, own: Any) -> Any:
+def _without_auto(value: Any, own: Any) -> Any:
     if value == "auto":
-        return None if own == "auto" else own
+        return own
     if isinstance(value, dict):
         below = own if isinstance(own, dict) else {}
-        pairs = {name: _without_auto(name, v, below.get(name)) for name, v in value.items()}
+        pairs = {name: _without_auto(v, below.get(name)) for name, v in value.items()}
         return {name: v for name, v in pairs.items() if v is not None}
     return value
 
@@ -142,5 +147,7 @@ def _refuse_traps(config: dict[str, Any]) -> None:
         )
     if config.get("torch_autocast", {}).get("enabled"):
         raise ValueError("torch_autocast of the ds_config is not supported; take bf16 or fp16")
+    if stage == 1 and config["zero_optimization"].get("overlap_comm"):
+        raise ValueError("overlap_comm of the ds_config does nothing at ZeRO stage 1: remove it")
     if config.get("zero_optimization", {}).get("offload_param"):
         raise ValueError("offload_param of the ds_config is not supported; offload_optimizer is")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from unival.model.compiling import compile_parts
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
 from unival.training.batches import Batch, stage_media
-from unival.training.deepspeed_config import deepspeed_config, precision_of
+from unival.training.deepspeed_config import BUCKET, deepspeed_config, precision_of
 from unival.training.ema import Average
 from unival.training.freezing import freeze
 from unival.training.losses import Criterion
@@ -89,6 +90,8 @@ def init_distributed() -> World:
     if not torch.cuda.is_available():
         # Compiling the shared-memory collective takes a minute and gains nothing here.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed still calls collectives by their earlier names, which torch says at every call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     control = dist.new_group(backend="gloo", timeout=WAIT)
     return World(dist.get_rank(), dist.get_world_size(), control)
@@ -195,6 +198,7 @@ class Engine:
             optimizer=None if "optimizer" in config else self._adamw(trained),
             config=config,
         )
+        self.deepspeed.enable_backward_allreduce = zero_stage(self.deepspeed) > 0  # see _update
         self.device = self.deepspeed.device
         self._stop = self._failed = False
         self.pieces = pieces(self.deepspeed, self.names)
@@ -257,8 +261,8 @@ class Engine:
                 group["lr"] = learning_rate(self.stage, update)
         # Row t: summed nll and token count of the t-th task; the last row: the loss.
         sums = torch.zeros(len(TASKS) + 1, 2, dtype=torch.float64, device=self.device)
-        for number, batch in enumerate(passes, start=1):
-            self.deepspeed.set_gradient_accumulation_boundary(number == len(passes))
+        self._clear_gradients()
+        for batch in passes:
             with self.clock.part("forward"):
                 loss = self._micro_loss(batch, update, sums)
                 share = batch.weight / max(counts[batch.group], 1.0)
@@ -280,6 +284,12 @@ class Engine:
         result.grad_norm, result.finite, result.scaling = norm, finite, scaling
         result.stop, result.failed = agreed_stop, agreed_failed
         return result
+
+    def _clear_gradients(self) -> None:
+        """ZeRO 3 overwrites last step's gradients in the first pass of a step and adds to them in the
+        others: those of weights that the first pass does not use would go on for ever."""
+        if zero_stage(self.deepspeed) == 3:
+            self.optimizer.grad_partitions_flat_buffer.zero_()
 
     def seed(self, update: int) -> None:
         """Dropout of an update follows from the seed, the update and the rank."""
@@ -356,13 +366,18 @@ class Engine:
             fp16's search for its loss scale.
         """
         if zero_stage(self.deepspeed) == 0:
-            gradients = [p.grad for p in self.names if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            trained = [p for p in self.names if p.requires_grad]
+            if self.world.size > 1:
+                self.deepspeed.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
+            for parameter in trained:
+                if parameter.grad is None:  # decay acts on it all the same, as under ZeRO
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
             if not norm.isfinite():
                 self.deepspeed.zero_grad()
                 return float(norm), False, False
             if self.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(list(self.names), self.clip_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(trained, self.clip_norm, norm)
             self.deepspeed.step()
             return float(norm), True, False
         scale = self.loss_scale
