@@ -124,6 +124,30 @@ def test_collate_pads_on_the_right_and_shares_media():
     }
 
 
+def test_collate_pads_to_given_lengths():
+    examples, media = [(LONG, 0), (SHORT, 0)], [torch.zeros(2)]
+    batch = collate(examples, media, "audio", pad_id=4, lengths=(6, 3))
+    assert batch["input_ids"].tolist() == [[0, 5, 6, 2, 4, 4], [0, 2, 4, 4, 4, 4]]
+    assert batch["attention_mask"].tolist() == [[True] * 4 + [False] * 2, [True] * 2 + [False] * 4]
+    assert batch["decoder_input_ids"].tolist() == [[0, 7, 4], [0, 8, 9]]
+    assert batch["labels"].tolist() == [[7, 2, -100], [-100, 9, 2]]
+    longest = collate(examples, media, "audio", lengths=(4, 3))
+    for name, expected in collate(examples, media, "audio").items():
+        assert torch.equal(longest[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((3, 3), "example 1: 4 source tokens; the limit is 3"),
+        ((4, 2), "example 0: 3 target tokens; the limit is 2"),
+    ],
+)
+def test_collate_refuses_rows_beyond_given_lengths(lengths, message):
+    with pytest.raises(ValueError, match=message):
+        collate([(SHORT, 0), (LONG, 0)], [torch.zeros(2)], "audio", lengths=lengths)
+
+
 def test_collate_names_the_medium():
     clip = torch.zeros(3, 2, 4, 4, dtype=torch.uint8)
     assert collate([(LONG, 0)], [clip], "video")["video_values"].shape == (1, 3, 2, 4, 4)

@@ -117,6 +117,17 @@ def train_steps(run: Run, steps: int) -> tuple[list[StepResult], dict]:
     return results, state_of(engine)
 
 
+def train_and_record(run: Run, steps: int) -> list[dict]:
+    """A rank's state before the first and after every step."""
+    world = init_distributed()
+    engine = build(run, world)
+    states = [state_of(engine)]
+    for update, batches in enumerate(batches_of(run, steps, world.rank, world.size), start=1):
+        engine.step(batches, update)
+        states.append(state_of(engine))
+    return states
+
+
 def train_and_compare(run: Run, steps: int) -> tuple[set[str], set[str]]:
     """Names of the parameters that some steps move, and of those that have optimizer state."""
     world = init_distributed()

@@ -121,10 +121,8 @@ def test_recomputation_computes_the_same(data, tmp_path, reference):
 @pytest.mark.parametrize(("stage", "world"), [(0, 1), (1, 2), (2, 2), (3, 2)])
 def test_the_average_is_that_of_the_weights_after_every_step(data, tmp_path, stage, world):
     run = cases.stage_zero(cases.small_run(data, tmp_path, {"ema_decay": 0.7}), stage)
-    history = [
-        cases.whole([state for _, state in on_ranks(tmp_path, world, cases.train_steps, run, n)])
-        for n in (0, 1, 2)
-    ]
+    found = on_ranks(tmp_path, world, cases.train_and_record, run, 2)
+    history = [cases.whole(list(states)) for states in zip(*found, strict=True)]
     for name in history[0]:
         if name.startswith("average/"):
             first, second, third = (h[name.replace("average", "master")].double() for h in history)

@@ -225,10 +225,14 @@ class DecoderLayer(EncoderLayer):
 def run_layer(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
     """A layer's outputs; with `recompute`, backward makes all but attention's results again.
 
-    The scores of attention are the one thing dear to make twice, and its results are small.
+    The scores of attention are the one thing dear to make twice, and its results are small. Under
+    ZeRO 3 they are made twice all the same: selective checkpointing wants the operations of the
+    first time, and the gathering of weights comes between them elsewhere.
     """
     if not recompute:
         return layer(*inputs)
+    if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+        return checkpoint(layer, *inputs, use_reentrant=False)
     kept = [torch.ops.unival.attention_forward.default]
     contexts = partial(create_selective_checkpoint_contexts, kept)
     return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)

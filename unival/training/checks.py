@@ -64,7 +64,7 @@ def check_data(run: Run) -> None:
             raise ValueError(f"source {name!r}: {source.path} has no rows")
     for stage in run.stages:
         for part, path in stage.weights.items():
-            if not Path(path).is_file():
+            if not Path(path).exists():
                 raise ValueError(f"stage {stage.name!r}: weights.{part}: no file {path}")
         if stage.init_from is not None and not _made_by_this_run(run, stage.init_from):
             load_model(stage.init_from)
@@ -87,6 +87,11 @@ def _check_stage(run: Run, stage: Stage, world_size: int) -> None:
         raise ValueError(f"{where}: ema_decay={stage.ema_decay}; wanted a number between 0 and 1")
     for part in stage.weights:
         _known(f"{where}: weights of the part", part, PARTS)
+    if "text" in stage.weights and run.text_order != "bart":
+        raise ValueError(
+            f"{where}: weights.text are BART's, whose vocabulary is in BART's order: wanted "
+            f"text_order=bart with dict_path, not {run.text_order!r}"
+        )
     for rule in stage.freeze:
         _known(f"{where}: freeze", rule, tuple(RULES))
     stage_media(run, stage)

@@ -286,10 +286,13 @@ class Engine:
         return result
 
     def _clear_gradients(self) -> None:
-        """ZeRO 3 overwrites last step's gradients in the first pass of a step and adds to them in the
-        others: those of weights that the first pass does not use would go on for ever."""
+        """ZeRO 3, and ZeRO 2 with offload, overwrite the last step's gradients in the first pass of a
+        step and add to them in the others: those of weights that the first pass does not use would
+        go on for ever."""
         if zero_stage(self.deepspeed) == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
+        for gradient in getattr(self.optimizer, "accumulated_grads_in_cpu", {}).values():
+            gradient.zero_()
 
     def seed(self, update: int) -> None:
         """Dropout of an update follows from the seed, the update and the rank."""

@@ -60,6 +60,7 @@ class RunLog:
         self, folder: Path, total_steps: int, tensorboard: bool, wandb: str | None = None
     ) -> None:
         self.folder, self.total = folder, total_steps
+        _drop_half_a_line(folder / "metrics.jsonl")
         self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.events, self.wandb = None, None
         if tensorboard:
@@ -124,6 +125,13 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nan(item) for name, item in value.items()}
     return value
+
+
+def _drop_half_a_line(path: Path) -> None:
+    """Cut off what a killed run was writing, so that the next entry starts a line of its own."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _start_wandb(folder: Path, project: str) -> Any:

@@ -286,15 +286,14 @@ class StageRun:
                 return self._roll_back(), state
             if result.finite:
                 self.refused_in_row = 0
-            seconds = time.monotonic() - began
-            began = time.monotonic()
-            self.interval.add(result, waited, seconds, batches)
+            self.interval.add(result, waited, time.monotonic() - began, batches)
             if update % self.run.log_every == 0 or update == self.stage.steps:
                 self._write(maker, update, state)
             elif self.log is not None:
                 done_all = self.steps_before + update
                 self.log.advance(self.stage.name, update, done_all, result.loss)
             self._save_if_due(update, state, result.stop)
+            began = time.monotonic()
         return self.stage.steps, state
 
     def _save_if_due(self, update: int, state: LoaderState, stop: bool) -> None:
