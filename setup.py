@@ -27,7 +27,7 @@ setup(
     packages=find_packages(include=["unival", "unival.*"]) + list(MAPPED),
     package_dir=MAPPED,
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.14",
         "torchvision>=0.24",
         "triton>=3.5",
         "nvidia-dali-cuda130>=2.0",
@@ -35,7 +35,7 @@ setup(
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
-        "deepspeed>=0.18",
+        "deepspeed>=0.19.8",
         "numpy>=2.0",
         "pillow>=11.0",
         "av>=14.0",

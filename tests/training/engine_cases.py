@@ -205,7 +205,9 @@ def by_hand(
             for parameter in module.parameters():
                 for name in [n for n, p in trained.items() if p is parameter]:
                     del trained[name]
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, eps=run.optimizer.eps, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=0.0, eps=run.optimizer.eps, weight_decay=0.01
+    )
     losses, norms = [], []
     warmup = int(stage.warmup_ratio * stage.steps)
     for update, batches in enumerate(given, start=1):
@@ -227,13 +229,15 @@ def by_hand(
             count = int((labels != -100).sum())
             groups.setdefault(batch.group, []).append((loss, count))
         total = sum(
-            weights[group] * sum(l for l, _ in parts) / sum(c for _, c in parts)
+            weights[group] * sum(loss for loss, _ in parts) / sum(c for _, c in parts)
             for group, parts in groups.items()
         )
         optimizer.zero_grad()
         total.backward()
         for parameter in trained.values():  # what takes no part decays too
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), stage.clip_norm)))
         optimizer.step()
         losses.append(float(total.detach()))

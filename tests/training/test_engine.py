@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import engine_cases as cases
 import pytest
 import torch
-
-import engine_cases as cases
 from ranks import on_ranks
+
 from unival.data.samples import make_samples
 from unival.training.engine import learning_rate
 from unival.training.options import DeepSpeedOptions, MicroBatch, Mixture, Stage

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unival.data.batch import collate
 from unival.data.media import MediaLoader, MediaOptions
-from unival.data.records import MEDIUM_OF_KIND, Record, RecordError
+from unival.data.records import Record, RecordError
 from unival.data.sampler import LoaderState, RecordStream
 from unival.data.shards import TarShards
 from unival.data.sources import open_table

@@ -37,7 +37,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unival.data.sampler import LoaderState
-from unival.model.modeling import UnivalForConditionalGeneration
 from unival.training.engine import Engine
 from unival.training.probe import probe_batches, probe_loss
 from unival.training.zero_state import (
@@ -158,7 +157,9 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise ResumeError(f"{path}: no complete checkpoint: state.json: {error}") from error
         if state.get("format") != FORMAT:
-            raise ResumeError(f"{path}: format {state.get('format')!r}; this version reads {FORMAT}")
+            raise ResumeError(
+                f"{path}: format {state.get('format')!r}; this version reads {FORMAT}"
+            )
         for name, told in state["files"].items():
             if not (path / name).is_file():
                 raise ResumeError(f"{path}: {name} is missing")
@@ -174,7 +175,9 @@ class Checkpoint:
         """
         for name, told in self.state["files"].items():
             if _digest(self.path / name)["sha256"] != told["sha256"]:
-                raise ResumeError(f"{self.path}: {name} is damaged: its SHA-256 is not that written")
+                raise ResumeError(
+                    f"{self.path}: {name} is damaged: its SHA-256 is not that written"
+                )
 
     def read(self, section: str, name: str, start: int, count: int) -> Tensor:
         """Elements start..start+count of a flattened parameter, from the files that hold them."""
@@ -442,7 +445,9 @@ class Saver:
                 name = path.relative_to(beside).as_posix()
                 told = beside / f"{path.stem}.json"
                 known = path.match("rank-*.safetensors")
-                state["files"][name] = json.loads(told.read_text())["file"] if known else _digest(path)
+                state["files"][name] = (
+                    json.loads(told.read_text())["file"] if known else _digest(path)
+                )
         write_json(beside / "state.json", state)
 
     def _await_others(self, beside: Path, ranks: int) -> None:
@@ -572,6 +577,6 @@ def _check_probe(engine: Engine, checkpoint: Checkpoint) -> None:
     tolerance = PROBE_TOLERANCE[engine.precision]
     if not abs(found - told) <= tolerance * abs(told):
         raise ResumeError(
-            f"{checkpoint.path}: the loss of its stored batch is {found:.6f}, it was {told:.6f} when "
-            "it was saved: this is not the model that was trained"
+            f"{checkpoint.path}: the loss of its stored batch is {found:.6f}, it was {told:.6f} "
+            "when it was saved: this is not the model that was trained"
         )

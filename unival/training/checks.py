@@ -150,5 +150,5 @@ def _check_micro_batch(
                 f"ranks x {stage.accumulate} passes (accumulate); with these rows the number of "
                 f"ranks is a divisor of {fits}"
                 if gcd(*counts) % stage.accumulate == 0
-                else f"{where}: {rows} rows do not divide into {stage.accumulate} passes (accumulate)"
+                else f"{where}: {rows} rows do not divide into {stage.accumulate} passes"
             )

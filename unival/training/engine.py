@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unival.data.batch import MEDIUM_KEYS
+from unival.data.batch import MEDIUM_KEYS, collate
 from unival.model.batchnorm import set_batchnorm_contribution, set_batchnorm_statistics
 from unival.model.compiling import compile_parts
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
+from unival.tasks.base import Example
 from unival.training.batches import Batch, stage_media
 from unival.training.deepspeed_config import BUCKET, deepspeed_config, precision_of
 from unival.training.ema import Average
@@ -133,24 +134,6 @@ class TrainingModel(nn.Module):
         return result.loss, result.token_nll
 
 
-def absent_batch(like: Batch, medium: str) -> Batch:
-    """A row of a medium without a target: what a rank runs whose own micro-batch is of another.
-
-    Its loss is a sum over no tokens, so its gradients are exact zeros.
-    """
-    device = like.tensors["labels"].device
-    ids = torch.tensor([[BOS, EOS]], device=device)
-    tensors = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids, dtype=torch.bool),
-        "decoder_input_ids": ids[:, :1].clone(),
-        "labels": torch.full_like(ids[:, :1], IGNORE),
-        "loss_weight": torch.ones(1, device=device),
-        "media_index": torch.zeros(1, dtype=torch.int64, device=device),
-    }
-    return Batch(tensors, [], 0.0, medium, like.group)
-
-
 class Engine:
     """A model in training: forward, backward and update of one step over all ranks.
 
@@ -217,9 +200,8 @@ class Engine:
         run, stage = self.run, self.stage
         set_batchnorm_statistics(model, run.batchnorm)  # type: ignore[arg-type]
         counts = freeze(model, stage.freeze, [micro.medium for micro in stage.micro_batches])
-        log.info(
-            "stage %s trains %d of %d parameters", stage.name, counts["trained"], sum(counts.values())
-        )
+        whole = sum(counts.values())
+        log.info("stage %s trains %d of %d parameters", stage.name, counts["trained"], whole)
         for stack in (model.encoder, model.decoder):
             stack.gradient_checkpointing = run.recompute
         if run.compile != "off":
@@ -252,10 +234,11 @@ class Engine:
         with self.clock.part("agree"):
             passes, counts = self.passes(batches, update)
             agreed_stop, agreed_failed = self._stop, self._failed
-            if self._running:
-                torch._foreach_copy_(self._running_before, self._running)
+            self.keep_running_statistics()
         self.seed(update)
         self.deepspeed.train()
+        if self.run.compile == "cuda_graphs":  # what an earlier step's graphs put out may go
+            torch.compiler.cudagraph_mark_step_begin()
         if self.scheduler is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.stage, update)
@@ -267,8 +250,8 @@ class Engine:
                 loss = self._micro_loss(batch, update, sums)
                 share = batch.weight / max(counts[batch.group], 1.0)
                 sums[-1, 0] += share * loss.detach()
-                # A loss that is not finite makes gradients that are not, on whichever rank they end:
-                # infinity alone would not (a target whose logit is -inf has a finite gradient).
+                # A loss that is not finite makes gradients that are not, on whichever rank they
+                # end: infinity alone would not (a target with a logit of -inf has a finite one).
                 loss = loss * torch.where(loss.detach().isfinite(), 1.0, float("nan"))
             with self.clock.part("backward"):
                 self.deepspeed.backward(loss * (share * self.world.size), scale_wrt_gas=False)
@@ -277,18 +260,27 @@ class Engine:
         if finite and self.average is not None:
             with self.clock.part("average"):
                 self.average.update()
-        if not finite and self._running:
-            torch._foreach_copy_(self._running, self._running_before)
+        if not finite:
+            self.restore_running_statistics()
         with self.clock.part("agree"):
             result = self._result(sums, batches)
         result.grad_norm, result.finite, result.scaling = norm, finite, scaling
         result.stop, result.failed = agreed_stop, agreed_failed
         return result
 
+    def keep_running_statistics(self) -> None:
+        """Remember batch norm's running statistics; a step that is refused must not move them."""
+        if self._running:
+            torch._foreach_copy_(self._running_before, self._running)
+
+    def restore_running_statistics(self) -> None:
+        if self._running:
+            torch._foreach_copy_(self._running, self._running_before)
+
     def _clear_gradients(self) -> None:
-        """ZeRO 3, and ZeRO 2 with offload, overwrite the last step's gradients in the first pass of a
-        step and add to them in the others: those of weights that the first pass does not use would
-        go on for ever."""
+        """ZeRO 3, and ZeRO 2 with offload, overwrite the last step's gradients in the first pass
+        of a step and add to them in the others: those of weights that the first pass does not use
+        would go on for ever."""
         if zero_stage(self.deepspeed) == 3:
             self.optimizer.grad_partitions_flat_buffer.zero_()
         for gradient in getattr(self.optimizer, "accumulated_grads_in_cpu", {}).values():
@@ -329,11 +321,16 @@ class Engine:
         return passes, told[:groups].tolist()
 
     def _absent(self, like: Batch, medium: str) -> Batch:
-        batch = absent_batch(like, medium)
-        media = self.media_shape(medium)
-        if media is not None:
-            batch.tensors[MEDIUM_KEYS[medium]] = torch.zeros(1, *media)
-        return batch
+        """A row of a medium without a target: what a rank runs whose own pass is of another.
+
+        Its loss is a sum over no tokens, so its gradients are exact zeros.
+        """
+        shape = self.media_shape(medium)
+        media = [] if shape is None else [torch.zeros(shape)]
+        lengths = None if self.run.text_lengths is None else tuple(self.run.text_lengths)
+        example = Example([BOS, EOS], [BOS], [IGNORE])
+        tensors = collate([(example, 0)], media, medium, lengths=lengths)
+        return Batch(tensors, [], 0.0, medium, like.group)
 
     def media_shape(self, medium: str) -> tuple[int, ...] | None:
         """Shape of one medium of the stage."""
@@ -345,12 +342,15 @@ class Engine:
             "audio": (media.audio_samples,),
         }[medium]
 
+    def run_pass(self, batch: Batch, update: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward pass of this rank: summed loss, nll [B * U] of the tokens, labels [B, U]."""
+        tensors = {name: t.to(self.device, non_blocking=True) for name, t in batch.tensors.items()}
+        set_batchnorm_contribution(self.model, bool(batch.tasks))
+        return *self.deepspeed(tensors, update), tensors["labels"]
+
     def _micro_loss(self, batch: Batch, update: int, sums: Tensor) -> Tensor:
         """Summed loss of a micro-batch; adds each task's nll and token count to `sums`."""
-        tensors = {name: t.to(self.device, non_blocking=True) for name, t in batch.tensors.items()}
-        labels = tensors["labels"]
-        set_batchnorm_contribution(self.model, bool(batch.tasks))
-        loss, token_nll = self.deepspeed(tensors, update)
+        loss, token_nll, labels = self.run_pass(batch, update)
         if batch.tasks:
             names = list(TASKS)
             task_of_row = torch.tensor([names.index(task) for task in batch.tasks])
@@ -370,12 +370,12 @@ class Engine:
         """
         if zero_stage(self.deepspeed) == 0:
             trained = [p for p in self.names if p.requires_grad]
-            if self.world.size > 1:
-                self.deepspeed.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
             for parameter in trained:
                 if parameter.grad is None:  # decay acts on it all the same, as under ZeRO
                     parameter.grad = torch.zeros_like(parameter)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            if self.world.size > 1:
+                self.deepspeed.buffered_allreduce_fallback(elements_per_buffer=BUCKET)
+            norm = torch.nn.utils.get_total_norm(p.grad for p in trained if p.grad is not None)
             if not norm.isfinite():
                 self.deepspeed.zero_grad()
                 return float(norm), False, False

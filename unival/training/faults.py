@@ -80,9 +80,9 @@ def diagnose(engine: Engine, batches: list[Batch], update: int) -> list[dict[str
     found = []
     for batch in engine.passes(batches, update)[0]:
         watch = _Watch(engine.model)
-        tensors = {name: tensor.to(engine.device) for name, tensor in batch.tensors.items()}
         try:
-            loss = engine.deepspeed(tensors, update)[0]
+            with torch.compiler.set_stance("force_eager"):  # compiled parts would not be watched
+                loss = engine.run_pass(batch, update)[0]
         finally:
             watch.remove()
         entry: dict[str, Any] = {
@@ -94,6 +94,7 @@ def diagnose(engine: Engine, batches: list[Batch], update: int) -> list[dict[str
         if watch.first is None and not not_finite(loss):
             entry["first_gradient"] = watch.first_gradient(loss, zero_stage(engine.deepspeed))
         found.append(entry)
+    engine.restore_running_statistics()
     return found
 
 

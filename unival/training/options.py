@@ -39,8 +39,8 @@ class Mixture:
 class MicroBatch:
     """One medium, a mixture of rows, a weight of its mean loss.
 
-    rows     in a step, of all ranks together, shared by the sources as `balance` says; absent: every
-             mixture says its own
+    rows     in a step, of all ranks together, shared by the sources as `balance` says; absent:
+             every mixture says its own
     balance  balanced (all alike), proportional (to the sources' sizes) or weights (the mixtures')
     """
 

@@ -19,7 +19,7 @@ def probe_batches(engine: Engine) -> dict[str, Tensor]:
     later version that would make another one still compares like with like.
     """
     source = torch.Generator().manual_seed(SEED)
-    found = {}
+    found: dict[str, Tensor] = {}
     for medium in sorted({micro.medium for micro in engine.stage.micro_batches}):
         words = torch.randint(FIRST_WORD, LAST_WORD, (1, WORDS + 2 * TARGETS), generator=source)
         ids, given, labels = words.split([WORDS, TARGETS, TARGETS], dim=1)

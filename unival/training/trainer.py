@@ -46,9 +46,7 @@ log = logging.getLogger(__name__)
 SAME = ("stages", "sources", "model", "media", "seed", "precision", "batchnorm", "optimizer")
 
 
-def make_model(
-    run: Run, stage: Stage, previous: Path | None
-) -> UnivalForConditionalGeneration:
+def make_model(run: Run, stage: Stage, previous: Path | None) -> UnivalForConditionalGeneration:
     """The stage's `init_from`, else the model of the stage before, else fresh weights from the
     run's seed; then the stage's weight files."""
     source = stage.init_from or previous
@@ -249,9 +247,7 @@ class StageRun:
         rank, size = self.world.rank, self.world.size
         quarantine = self.folder / "quarantine" / f"{self.stage.name}-rank{rank}.jsonl"
         try:
-            with BatchMaker(
-                self.run, self.stage, self.vocabulary, rank, size, quarantine
-            ) as maker:
+            with BatchMaker(self.run, self.stage, self.vocabulary, rank, size, quarantine) as maker:
                 found = restore(self.engine, self.place, self.saver)
                 done = 0
                 if found is not None:
@@ -410,9 +406,7 @@ class Interval:
         self.tasks: dict[str, list[float]] = defaultdict(list)
         self.grad_norm = float("nan")
 
-    def add(
-        self, result: StepResult, waited: float, seconds: float, batches: list[Batch]
-    ) -> None:
+    def add(self, result: StepResult, waited: float, seconds: float, batches: list[Batch]) -> None:
         """Take in a step; a refused one has no loss to average."""
         self.steps += 1
         self.waited += waited
