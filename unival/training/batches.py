@@ -258,8 +258,12 @@ class BatchMaker:
                 self._refuse(row, record.id, error)
                 continue
             origin = record.origin
-            sample = {"source": row.mix.source, "id": record.id}
-            sample |= {"file": str(origin.file), "row": origin.row}
+            sample = {
+                "source": row.mix.source,
+                "id": record.id,
+                "file": str(origin.file),
+                "row": origin.row,
+            }
             usable[index] = Usable(medium_of_row.tensor, made, sample)
             self.quarantine.count(row.mix.source)
         return usable

@@ -81,8 +81,8 @@ def _generated(run: Run, stage: Stage) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": len(stage.micro_batches) * stage.accumulate,
-        # A step ends with `step()`. DeepSpeed's own counting takes the last pass for the one in which
-        # every weight gets its gradient, which passes of other media do not give (CPU offload).
+        # A step ends with `step()`. DeepSpeed's own counting takes the last pass for the one in
+        # which every weight gets its gradient; ours are of different media (CPU offload).
         "managed_gradient_accumulation": False,
         "gradient_clipping": stage.clip_norm,
         "zero_optimization": zero,
@@ -144,8 +144,9 @@ def _refuse_traps(config: dict[str, Any]) -> None:
         raise ValueError("precision=fp16 wants a GPU; on a CPU take bf16 or fp32")
     if "activation_checkpointing" in config:
         raise ValueError(
-            "activation_checkpointing of the ds_config is DeepSpeed's reentrant checkpointing, under "
-            "which blocks whose input needs no gradient get none; remove it and set recompute=true"
+            "activation_checkpointing of the ds_config is DeepSpeed's reentrant checkpointing, "
+            "under which blocks whose input needs no gradient get none; remove it and set "
+            "recompute=true"
         )
     if config.get("torch_autocast", {}).get("enabled"):
         raise ValueError("torch_autocast of the ds_config is not supported; take bf16 or fp16")

@@ -13,8 +13,8 @@ class Average:
     """average <- decay * average + (1 - decay) * weights, after every update.
 
     Of the trained parameters a rank averages the pieces whose masters it holds, so the average is
-    sharded as the optimizer's state is. Floating-point buffers (batch norm's running statistics) are
-    averaged too, on every rank its own.
+    sharded as the optimizer's state is. Floating-point buffers (batch norm's running statistics)
+    are averaged too, on every rank its own.
 
     Args:
         pieces: this rank's.

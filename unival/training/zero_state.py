@@ -1,9 +1,9 @@
 """The state of training as DeepSpeed spreads it: each rank's pieces by the parameters' names.
 
-Under every ZeRO stage a trained parameter has a float32 master copy and the optimizer's moments, of
-which a rank holds one run of elements of the flattened parameter (all of it at stage 0). Checkpoints
-and the average of the weights work on these runs, so neither depends on how they are laid out in
-DeepSpeed's flat buffers, nor on the number of ranks.
+Under every ZeRO stage a trained parameter has a float32 master copy and the optimizer's moments,
+of which a rank holds one run of elements of the flattened parameter (all of it at stage 0).
+Checkpoints and the average of the weights work on these runs, so neither depends on how they are
+laid out in DeepSpeed's flat buffers, nor on the number of ranks.
 """
 
 from __future__ import annotations
