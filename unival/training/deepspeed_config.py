@@ -19,9 +19,8 @@ STEP_KEYS = (
     "gradient_accumulation_steps",
     "managed_gradient_accumulation",
 )
-BUCKET = (
-    50_000_000  # elements that are reduced at once: DeepSpeed's own 500 M double a rank's memory
-)
+# Elements that are reduced at once. DeepSpeed's own 500 M double a rank's memory.
+BUCKET = 50_000_000
 # fairseq's fp16: first scale 2**7, doubled after 128 good updates.
 FP16 = {"enabled": True, "initial_scale_power": 7, "loss_scale_window": 128, "hysteresis": 1}
 
