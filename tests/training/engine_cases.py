@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unival.data.media import Loading, MediaOptions
+from unival.data.media import MediaOptions
 from unival.model.modeling import UnivalForConditionalGeneration
-from unival.training.batches import Batch, BatchMaker
+from unival.training.batches import Batch
 from unival.training.engine import Engine, StepResult, World, init_distributed
 from unival.training.options import (
     DeepSpeedOptions,
@@ -25,7 +25,7 @@ from unival.training.options import (
     Stage,
 )
 from unival.training.trainer import make_model
-from unival.vocabulary import BOS, EOS, Vocabulary
+from unival.vocabulary import BOS, EOS, IGNORE
 
 ROOT = Path(__file__).parents[2]
 # Without dropout, and small enough for twenty processes; the vocabulary stays whole.
@@ -33,12 +33,9 @@ OVERRIDES = {"d_model": 32, "ffn_dim": 64, "encoder_layers": 1, "decoder_layers"
 MEDIA = MediaOptions(image_size=32, video_size=32, video_frames=2, audio_samples=3200)
 
 
-def small_run(data: Path, output: Path, stage: dict[str, Any] | None = None, **fields: Any) -> Run:
-    """A run of one stage over the samples' questions about images and clips."""
-    sources = {
-        "qa": Source(str(data / "vision_language_qa.tsv")),
-        "video_qa": Source(str(data / "video_qa.tsv"), media_root=str(ROOT / "samples")),
-    }
+def small_run(output: Path, stage: dict[str, Any] | None = None, **fields: Any) -> Run:
+    """A run of one stage over images and clips, whose tables need not be there."""
+    sources = {"qa": Source("qa.tsv"), "video_qa": Source("video_qa.tsv", medium="video")}
     options: dict[str, Any] = {
         "name": "one",
         "steps": 4,
@@ -56,8 +53,6 @@ def small_run(data: Path, output: Path, stage: dict[str, Any] | None = None, **f
         [Stage(**(options | (stage or {})))],
         model=ModelOptions(str(ROOT / "configs/model/unival_tiny.yaml"), dict(OVERRIDES)),
         media=MEDIA,
-        loading=Loading(workers=1, threads=1, prefetch=1, video_backend="pyav"),
-        negatives=str(data / "negative_sample"),
         batchnorm="frozen",
         # Adam makes steps of full length of gradients that are nothing but rounding, such as those
         # of the keys' biases. This eps keeps them small, and so comparable.
@@ -100,54 +95,67 @@ def whole(states: list[dict[str, list[tuple[int, Tensor]]]]) -> dict[str, Tensor
     }
 
 
-def batches_of(run: Run, steps: int, rank: int = 0, world: int = 1) -> list[list[Batch]]:
-    """What a rank trains on in the first steps."""
-    with BatchMaker(run, run.stages[0], Vocabulary(run.text_order), rank, world) as maker:
-        return [maker.step(step) for step in range(1, steps + 1)]
+def rows_of_step(step: int) -> list[Batch]:
+    """What all ranks together train on in a step: a micro-batch of images and one of clips."""
+    return [noise("image", 4, 2 * step), noise("video", 4, 2 * step + 1, group=1, weight=0.5)]
+
+
+def share_of(batches: list[Batch], rank: int, world: int, passes: int = 1) -> list[Batch]:
+    """A rank's passes over the rows of a step."""
+    found = []
+    for batch in batches:
+        rows = len(batch.tasks) // (world * passes)
+        for number in range(passes):
+            first = (number * world + rank) * rows
+            tensors = {name: t[first : first + rows] for name, t in batch.tensors.items()}
+            tensors["media_index"] = torch.arange(rows)
+            found.append(replace(batch, tensors=tensors, tasks=batch.tasks[first : first + rows]))
+    return found
+
+
+def steps_on(engine: Engine, first: int, count: int) -> list[StepResult]:
+    """Train for some steps on this rank's share of the rows."""
+    rank, world = engine.world.rank, engine.world.size
+    return [
+        engine.step(share_of(rows_of_step(step), rank, world, engine.stage.accumulate), step)
+        for step in range(first, first + count)
+    ]
 
 
 def train_steps(run: Run, steps: int) -> tuple[list[StepResult], dict]:
     """A rank's results of some steps and the state afterwards."""
-    world = init_distributed()
-    engine = build(run, world)
-    results = [
-        engine.step(batches, update)
-        for update, batches in enumerate(batches_of(run, steps, world.rank, world.size), start=1)
-    ]
-    return results, state_of(engine)
+    engine = build(run)
+    return steps_on(engine, 1, steps), state_of(engine)
 
 
 def train_and_record(run: Run, steps: int) -> list[dict]:
     """A rank's state before the first and after every step."""
-    world = init_distributed()
-    engine = build(run, world)
+    engine = build(run)
     states = [state_of(engine)]
-    for update, batches in enumerate(batches_of(run, steps, world.rank, world.size), start=1):
-        engine.step(batches, update)
+    for step in range(steps):
+        steps_on(engine, step + 1, 1)
         states.append(state_of(engine))
     return states
 
 
 def train_and_compare(run: Run, steps: int) -> tuple[set[str], set[str]]:
     """Names of the parameters that some steps move, and of those that have optimizer state."""
-    world = init_distributed()
-    engine = build(run, world)
-    before = {name: p.detach().clone() for p, name in full_parameters(engine)}
-    for update, batches in enumerate(batches_of(run, steps), start=1):
-        engine.step(batches, update)
-    after = {name: p.detach() for p, name in full_parameters(engine)}
+    engine = build(run)
+    before = full_parameters(engine)
+    steps_on(engine, 1, steps)
+    after = full_parameters(engine)
     moved = {name for name, old in before.items() if not old.equal(after[name])}
     return moved, {piece.name for piece in engine.pieces}
 
 
-def full_parameters(engine: Engine) -> list[tuple[Tensor, str]]:
+def full_parameters(engine: Engine) -> dict[str, Tensor]:
     """Every parameter whole, also where ZeRO 3 has left a rank a part of it."""
     import deepspeed
 
-    found = []
+    found = {}
     for parameter, name in engine.names.items():
         with deepspeed.zero.GatheredParameters(parameter, enabled=hasattr(parameter, "ds_id")):
-            found.append((parameter.detach().clone(), name))
+            found[name] = parameter.detach().clone()
     return found
 
 
@@ -160,15 +168,17 @@ def train_on(run: Run, given: list[list[list[Batch]]]) -> tuple[list[StepResult]
 
 
 def noise(medium: str, rows: int, seed: int, group: int = 0, weight: float = 1.0) -> Batch:
-    """A batch of random words, and of noise for the medium."""
+    """A batch of random words with targets of 1 to 4 tokens, and of noise for the medium."""
     source = torch.Generator().manual_seed(seed)
     words = torch.randint(4, 50_000, (rows, 6), generator=source)
     targets = torch.randint(4, 50_000, (rows, 4), generator=source)
+    labels = torch.cat([targets[:, :-1], torch.full((rows, 1), EOS)], 1)
+    lengths = torch.randint(1, 5, (rows, 1), generator=source)
     tensors = {
         "input_ids": torch.cat([torch.full((rows, 1), BOS), words], 1),
         "attention_mask": torch.ones(rows, 7, dtype=torch.bool),
         "decoder_input_ids": torch.cat([torch.full((rows, 1), BOS), targets[:, :-1]], 1),
-        "labels": torch.cat([targets[:, :-1], torch.full((rows, 1), EOS)], 1),
+        "labels": labels.masked_fill(torch.arange(4) >= lengths, IGNORE),
         "loss_weight": torch.ones(rows),
         "media_index": torch.arange(rows),
     }

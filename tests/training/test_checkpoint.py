@@ -14,33 +14,23 @@ import torch
 from ranks import on_ranks
 from safetensors.torch import load_file, save_file
 
-from unival.data.samples import make_samples
 from unival.model.loading import load_model
 from unival.training.checkpoint import Checkpoint, ResumeError, StageFolder
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_samples(ROOT / "samples", folder)
-    return folder
-
-
-def small(data: Path, folder: Path, stage: int, **fields):
-    run = engine_cases.small_run(data, folder / "run", {"ema_decay": 0.8}, **fields)
+def small(folder: Path, stage: int, **fields):
+    run = engine_cases.small_run(folder / "run", {"ema_decay": 0.8}, **fields)
     return engine_cases.stage_zero(run, stage)
 
 
 @pytest.fixture(scope="module")
-def saved(data, tmp_path_factory):
+def saved(tmp_path_factory):
     """For each ZeRO stage a folder with a checkpoint of two ranks after 2 steps, and the states of
     a run of two ranks that goes on from there in one process for 2 more."""
     found = {}
     for stage in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"zero{stage}")
-        run = small(data, folder, stage)
+        run = small(folder, stage)
         found[stage] = (folder, on_ranks(folder, 2, cases.train_save_train, run, 2, 2))
     return found
 
@@ -63,11 +53,11 @@ def assert_close(found, expected, tolerance):
 @pytest.mark.parametrize(
     ("stage", "world"), [(1, 2), (2, 2), (3, 2), (1, 1), (2, 4), (3, 1), (3, 4)]
 )
-def test_a_run_goes_on_with_any_number_of_ranks(data, tmp_path, saved, stage, world):
+def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, saved, stage, world):
     """Bit for bit with the same number; else to the rounding of sums in another order."""
     folder, expected = saved[stage]
     shutil.copytree(folder / "run", tmp_path / "run")
-    run = small(data, tmp_path, stage)
+    run = small(tmp_path, stage)
     found = on_ranks(tmp_path / "logs", world, cases.resume_train, run, 2)
     tolerance = 0 if world == 2 else 1e-5
     losses = [result.loss for result in expected[0][0]]
@@ -77,27 +67,27 @@ def test_a_run_goes_on_with_any_number_of_ranks(data, tmp_path, saved, stage, wo
 
 
 @pytest.mark.parametrize(("written", "read"), [(1, 2), (2, 1), (2, 3), (3, 1)])
-def test_a_checkpoint_of_one_stage_is_read_by_another(data, tmp_path, saved, written, read):
+def test_a_checkpoint_of_one_stage_is_read_by_another(tmp_path, saved, written, read):
     folder, expected = saved[written]
     shutil.copytree(folder / "run", tmp_path / "run")
-    found = on_ranks(tmp_path / "logs", 2, cases.resume_train, small(data, tmp_path, read), 2)
+    found = on_ranks(tmp_path / "logs", 2, cases.resume_train, small(tmp_path, read), 2)
     assert_close(whole(found), whole(expected), 1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_masters_of_bf16_go_on_bit_for_bit(data, tmp_path, stage):
-    run = small(data, tmp_path, stage, precision="bf16")
+def test_masters_of_bf16_go_on_bit_for_bit(tmp_path, stage):
+    run = small(tmp_path, stage, precision="bf16")
     expected = on_ranks(tmp_path / "logs", 2, cases.train_save_train, run, 1, 1)
     found = on_ranks(tmp_path / "logs", 2, cases.resume_train, run, 1)
     assert [r[0].loss for r, _ in found] == [r[0].loss for r, _ in expected]
     assert_close(whole(found), whole(expected), 0)
 
 
-def test_moments_and_their_count_are_those_of_the_run(data, tmp_path, saved):
+def test_moments_and_their_count_are_those_of_the_run(tmp_path, saved):
     """Without them the resumed losses above would be nearly right all the same."""
     folder, _ = saved[2]
     shutil.copytree(folder / "run", tmp_path / "run")
-    found = on_ranks(tmp_path / "logs", 1, cases.resume_moments, small(data, tmp_path, 2))
+    found = on_ranks(tmp_path / "logs", 1, cases.resume_moments, small(tmp_path, 2))
     ((step, moments),) = found
     assert step == 2
     checkpoint = Checkpoint.open(StageFolder(tmp_path / "run", "one").latest())
@@ -108,7 +98,7 @@ def test_moments_and_their_count_are_those_of_the_run(data, tmp_path, saved):
     assert any(float(value.abs().max()) > 0 for value in moments.values())
 
 
-def test_the_export_is_the_model_and_its_average(data, saved):
+def test_the_export_is_the_model_and_its_average(saved):
     folder, _ = saved[3]
     path = StageFolder(folder / "run", "one").latest()
     checkpoint = Checkpoint.open(path)
@@ -177,11 +167,11 @@ def damage(kind: str, path: Path) -> None:
         ("another model", "the loss of its stored batch is .* this is not the model"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_on_every_rank(data, tmp_path, saved, kind, message):
+def test_a_damaged_checkpoint_is_refused_on_every_rank(tmp_path, saved, kind, message):
     folder, _ = saved[1]
     shutil.copytree(folder / "run", tmp_path / "run")
     damage(kind, StageFolder(tmp_path / "run", "one").latest())
-    found = on_ranks(tmp_path / "logs", 2, cases.resume_refused, small(data, tmp_path, 1))
+    found = on_ranks(tmp_path / "logs", 2, cases.resume_refused, small(tmp_path, 1))
     assert all(text is not None for text in found)
     import re
 
@@ -190,10 +180,10 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(data, tmp_path, saved, ki
         assert re.search(message, text) or "another rank refused" in text
 
 
-def test_another_model_average_or_precision_is_refused(data, tmp_path, saved):
+def test_another_model_average_or_precision_is_refused(tmp_path, saved):
     folder, _ = saved[1]
     shutil.copytree(folder / "run", tmp_path / "run")
-    run = small(data, tmp_path, 1)
+    run = small(tmp_path, 1)
     wider = replace(run, model=replace(run.model, overrides={**run.model.overrides, "ffn_dim": 96}))
     plain = replace(run, stages=[replace(run.stages[0], ema_decay=None)])
     frozen = replace(run, stages=[replace(run.stages[0], freeze=["image_encoder"])])
@@ -210,9 +200,9 @@ def test_another_model_average_or_precision_is_refused(data, tmp_path, saved):
         assert re.search(words, text), text
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(data, tmp_path):
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     """Files of this process may grow to a size that the second checkpoint goes beyond."""
-    run = small(data, tmp_path, 0)
+    run = small(tmp_path, 0)
     (error,) = on_ranks(tmp_path, 1, cases.save_on_a_full_disk, run)
     assert "could not be written" in error
     assert "step 1 is the last that is whole" in error

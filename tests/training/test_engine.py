@@ -10,26 +10,17 @@ import pytest
 import torch
 from ranks import on_ranks
 
-from unival.data.samples import make_samples
 from unival.training.engine import learning_rate
 from unival.training.options import DeepSpeedOptions, MicroBatch, Mixture, Stage
 
-ROOT = Path(__file__).parents[2]
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_samples(ROOT / "samples", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reference(data):
+def reference():
     """Losses, gradient norms and weights of plain PyTorch on all rows at once."""
-    run = cases.small_run(data, data / "unused")
-    return cases.by_hand(run, cases.batches_of(run, STEPS))
+    run = cases.small_run(Path("unused"))
+    return cases.by_hand(run, [cases.rows_of_step(step) for step in range(1, STEPS + 1)])
 
 
 def assert_same_training(found, reference, tolerance=1e-5):
@@ -52,27 +43,27 @@ def assert_same_training(found, reference, tolerance=1e-5):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_stage_trains_as_plain_pytorch_does(data, tmp_path, reference, stage, world):
-    run = cases.stage_zero(cases.small_run(data, tmp_path), stage)
+def test_every_stage_trains_as_plain_pytorch_does(tmp_path, reference, stage, world):
+    run = cases.stage_zero(cases.small_run(tmp_path), stage)
     found = on_ranks(tmp_path, world, cases.train_steps, run, STEPS)
     assert_same_training(found, reference)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_step_in_passes_is_the_step_at_once(data, tmp_path, reference, stage):
+def test_a_step_in_passes_is_the_step_at_once(tmp_path, reference, stage):
     """Two ranks of two passes each, whose rows have targets of other lengths: a mean of the passes'
     means would be another loss."""
-    run = cases.stage_zero(cases.small_run(data, tmp_path, {"accumulate": 2}), stage)
+    run = cases.stage_zero(cases.small_run(tmp_path, {"accumulate": 2}), stage)
     found = on_ranks(tmp_path, 2, cases.train_steps, run, STEPS)
     assert_same_training(found, reference)
 
 
 @pytest.fixture(scope="module")
-def mixed(data):
+def mixed():
     """Batches of two ranks that show other media in the same pass, and training on them by hand."""
     media = ["image", "video", "text"]
     stage = {"micro_batches": [MicroBatch(m, [Mixture("qa", 4)]) for m in media], "steps": 4}
-    run = cases.small_run(data, data / "unused", stage)
+    run = cases.small_run(Path("unused"), stage)
     given = [
         [[cases.noise("image", 2, 1)], [cases.noise("video", 1, 2)], [cases.noise("text", 2, 3)]],
         [[cases.noise("video", 3, 4)], [cases.noise("video", 2, 5)], [cases.noise("image", 1, 6)]],
@@ -89,8 +80,8 @@ def test_ranks_with_different_media_neither_hang_nor_differ(tmp_path, mixed, sta
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 1), (1, 2), (2, 2), (3, 2)])
-def test_bf16_follows_float32(data, tmp_path, reference, stage, world):
-    run = cases.stage_zero(cases.small_run(data, tmp_path, precision="bf16"), stage)
+def test_bf16_follows_float32(tmp_path, reference, stage, world):
+    run = cases.stage_zero(cases.small_run(tmp_path, precision="bf16"), stage)
     found = on_ranks(tmp_path, world, cases.train_steps, run, STEPS)
     losses, norms, weights = reference
     for results, _ in found:
@@ -106,21 +97,21 @@ def test_bf16_follows_float32(data, tmp_path, reference, stage, world):
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 1), (2, 2), (3, 2)])
-def test_an_offloaded_optimizer_computes_the_same(data, tmp_path, reference, stage, world):
-    run = cases.small_run(data, tmp_path)
+def test_an_offloaded_optimizer_computes_the_same(tmp_path, reference, stage, world):
+    run = cases.small_run(tmp_path)
     run = replace(run, deepspeed=DeepSpeedOptions(zero_stage=stage, offload_optimizer=True))
     found = on_ranks(tmp_path, world, cases.train_steps, run, STEPS)
     assert_same_training(found, reference)
 
 
-def test_recomputation_computes_the_same(data, tmp_path, reference):
-    run = cases.stage_zero(cases.small_run(data, tmp_path, recompute=True), 3)
+def test_recomputation_computes_the_same(tmp_path, reference):
+    run = cases.stage_zero(cases.small_run(tmp_path, recompute=True), 3)
     assert_same_training(on_ranks(tmp_path, 2, cases.train_steps, run, STEPS), reference)
 
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 1), (1, 2), (2, 2), (3, 2)])
-def test_the_average_is_that_of_the_weights_after_every_step(data, tmp_path, stage, world):
-    run = cases.stage_zero(cases.small_run(data, tmp_path, {"ema_decay": 0.7}), stage)
+def test_the_average_is_that_of_the_weights_after_every_step(tmp_path, stage, world):
+    run = cases.stage_zero(cases.small_run(tmp_path, {"ema_decay": 0.7}), stage)
     found = on_ranks(tmp_path, world, cases.train_and_record, run, 2)
     history = [cases.whole(list(states)) for states in zip(*found, strict=True)]
     for name in history[0]:
@@ -134,9 +125,9 @@ def test_the_average_is_that_of_the_weights_after_every_step(data, tmp_path, sta
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_what_is_frozen_stays_as_it_is_and_costs_no_state(data, tmp_path, stage):
+def test_what_is_frozen_stays_as_it_is_and_costs_no_state(tmp_path, stage):
     rules = {"freeze": ["all_but_connections"]}
-    run = cases.stage_zero(cases.small_run(data, tmp_path, rules), stage)
+    run = cases.stage_zero(cases.small_run(tmp_path, rules), stage)
     (found,) = on_ranks(tmp_path, 1, cases.train_and_compare, run, 2)
     moved, pieces = found
     connections = {f"encoder.{m}_proj.{n}" for m in ("image", "video") for n in ("weight", "bias")}
