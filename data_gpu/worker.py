@@ -123,7 +123,9 @@ def prepare(backend: str, limits: Limits) -> dict:
 def main() -> None:
     """Serve requests from standard input until it ends."""
     limits = Limits(**json.loads(sys.argv[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's, and this ends with it
+    # Ctrl-C, and requests to stop that go to all processes, are the owner's; this ends with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     requests, replies = os.dup(0), os.dup(1)
     os.dup2(2, 1)  # what a library prints must not end up between the replies
     from unival.data_gpu import audio, image, inspect, video  # noqa: F401  # before memory is capped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -57,6 +58,16 @@ def _child(
         os._exit(status)
 
 
+_started: list[BaseProcess] = []
+
+
+@atexit.register
+def _kill_what_is_left() -> None:
+    """A test that failed in the middle leaves ranks that wait for each other."""
+    for process in _started:
+        process.kill()
+
+
 class Ranks:
     """Processes that run `work(*args)` as the ranks of one world, and what they return."""
 
@@ -73,6 +84,7 @@ class Ranks:
             process.start()
             theirs.close()
             self.processes.append(process)
+            _started.append(process)
             self.ends.append(mine)
 
     def results(self, timeout: float = 240) -> list[Any]:
@@ -89,6 +101,18 @@ class Ranks:
                 raise AssertionError(f"{output.stem} failed: {error}\n{told}") from error
         for process in self.processes:
             process.join()
+        return found
+
+    def left(self, timeout: float) -> list[Any]:
+        """What the ranks return that were not killed, None for the others."""
+        found = []
+        for end in self.ends:
+            try:
+                assert end.poll(timeout), "a rank waits for a dead one"
+                found.append(end.recv())
+                end.send(None)
+            except EOFError:
+                found.append(None)
         return found
 
     def kill(self) -> None:

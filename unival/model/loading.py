@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,24 @@ def load_model(folder: str | Path) -> UnivalForConditionalGeneration:
             what = problem.replace("_", " ")
             raise ModelError(f"{folder}: {len(names)} {what} in the weights, first {names[0]!r}")
     return model
+
+
+def with_config(
+    model: UnivalForConditionalGeneration, config: UnivalConfig
+) -> UnivalForConditionalGeneration:
+    """The weights of a model under another config, which may have more media encoders.
+
+    Raises:
+        ModelError: the config is of other weights than these and those of new encoders.
+    """
+    other = UnivalForConditionalGeneration(config)
+    own, wanted = model.state_dict(), other.state_dict()
+    for name, tensor in own.items():
+        if name not in wanted or wanted[name].shape != tensor.shape:
+            there = list(wanted[name].shape) if name in wanted else "not there"
+            raise ModelError(f"{name!r} is {list(tensor.shape)}; under the other config {there}")
+    for name in wanted.keys() - own.keys():
+        if not re.match(r"encoder\.(image|video|audio)_", name):
+            raise ModelError(f"{name!r} is needed under the other config; the weights lack it")
+    other.load_state_dict(own, strict=False)
+    return other

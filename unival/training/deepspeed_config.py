@@ -112,11 +112,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _filled(given: dict[str, Any], generated: dict[str, Any]) -> dict[str, Any]:
     """The user's values; "auto" and what the file does not mention from the run's options."""
     silent = {key: value for key, value in generated.items() if key not in given}
-    if "fp16" in given or "bf16" in given:  # the file has decided on the precision
+    halves = [given[key].get("enabled", "auto") for key in ("fp16", "bf16") if key in given]
+    if any(enabled != "auto" for enabled in halves):  # the file has decided on the precision
         for key in ("fp16", "bf16", "data_types"):
             silent.pop(key, None)
-    if given.get("bf16", {}).get("enabled") is True:
-        given["bf16"].setdefault("check_grad_overflow", True)
+    for key in ("fp16", "bf16"):
+        if key in given and key in generated and given[key].get("enabled") in ("auto", True):
+            given[key] = generated[key] | given[key]
     filled = silent | {key: _without_auto(given[key], generated.get(key)) for key in given}
     return {key: value for key, value in filled.items() if value is not None}
 

@@ -189,7 +189,10 @@ class Engine:
         self.shapes = {name: buffer.shape for name, buffer in self.buffers.items()}
         # Under ZeRO 3 a parameter's own shape is that of what is left of it.
         self.shapes |= {n: getattr(p, "ds_shape", p.shape) for p, n in self.names.items()}
-        self._running = [b for n, b in self.buffers.items() if "running_" in n]
+        # Batch norm's.
+        self._running = [
+            b for n, b in self.buffers.items() if "running_" in n or "num_batches_" in n
+        ]
         self._running_before = [b.clone() for b in self._running]
         self.average = None
         if stage.ema_decay is not None:
@@ -342,11 +345,17 @@ class Engine:
             "audio": (media.audio_samples,),
         }[medium]
 
-    def run_pass(self, batch: Batch, update: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward pass of this rank: summed loss, nll [B * U] of the tokens, labels [B, U]."""
+    def run_pass(
+        self, batch: Batch, update: int, tracked: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward pass of this rank: summed loss, nll [B * U] of the tokens, labels [B, U].
+
+        A backward pass over what is not tracked leaves DeepSpeed's gradients alone.
+        """
         tensors = {name: t.to(self.device, non_blocking=True) for name, t in batch.tensors.items()}
         set_batchnorm_contribution(self.model, bool(batch.tasks))
-        return *self.deepspeed(tensors, update), tensors["labels"]
+        forward = self.deepspeed if tracked else self.deepspeed.module
+        return *forward(tensors, update), tensors["labels"]
 
     def _micro_loss(self, batch: Batch, update: int, sums: Tensor) -> Tensor:
         """Summed loss of a micro-batch; adds each task's nll and token count to `sums`."""

@@ -6,9 +6,9 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event
 from types import FrameType
 from typing import Any
 
@@ -32,14 +32,16 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite, and the run's policy is to halt; names the report."""
 
 
-def on_request(stop: Callable[[], None]) -> None:
-    """Call `stop` on SIGTERM and SIGUSR1, which schedulers send before they take the machine."""
+def on_request() -> Event:
+    """An event that SIGTERM and SIGUSR1 set: schedulers send them before they take the machine."""
+    asked = Event()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        stop()
+        asked.set()
 
     for number in SIGNALS:
         signal.signal(number, handler)
+    return asked
 
 
 def not_finite(value: Any) -> bool:
@@ -82,7 +84,7 @@ def diagnose(engine: Engine, batches: list[Batch], update: int) -> list[dict[str
         watch = _Watch(engine.model)
         try:
             with torch.compiler.set_stance("force_eager"):  # compiled parts would not be watched
-                loss = engine.run_pass(batch, update)[0]
+                loss = engine.run_pass(batch, update, tracked=False)[0]
         finally:
             watch.remove()
         entry: dict[str, Any] = {

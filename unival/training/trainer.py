@@ -9,7 +9,9 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from unival.data.sampler import LoaderState
 from unival.data.shards import expand
 from unival.evaluation.runner import Evaluation, evaluate
 from unival.model.configuration import UnivalConfig
-from unival.model.loading import load_model
+from unival.model.loading import load_model, with_config
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.training import throughput
 from unival.training.batches import Batch, BatchMaker, open_sources, read_answers, stage_media
@@ -43,19 +45,37 @@ from unival.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 # What a run that goes on must have in common with the one that began.
+# Fields of a model's config for each media encoder; the first is None where it has none.
+ENCODERS = (
+    ("image_layers", "image_channels"),
+    ("video_layers", "video_channels", "video_cardinality"),
+    ("audio_channels", "mel_bins", "hop_size", "audio_sample_rate", "audio_dropout"),
+)
 SAME = ("stages", "sources", "model", "media", "seed", "precision", "batchnorm", "optimizer")
 
 
 def make_model(run: Run, stage: Stage, previous: Path | None) -> UnivalForConditionalGeneration:
     """The stage's `init_from`, else the model of the stage before, else fresh weights from the
-    run's seed; then the stage's weight files."""
+    run's seed; then the stage's weight files.
+
+    A loaded model keeps its own config, but for the run's `model.overrides`. Media encoders that it
+    lacks and `model.config` has are added, with fresh weights.
+    """
     source = stage.init_from or previous
+    torch.manual_seed(run.seed)
     if source is None:
-        torch.manual_seed(run.seed)
         config = UnivalConfig.from_yaml(run.model.config, **run.model.overrides)
         model = UnivalForConditionalGeneration(config)
     else:
         model = load_model(source)
+        before, whole = model.config.to_dict(), UnivalConfig.from_yaml(run.model.config).to_dict()
+        added: dict[str, Any] = {}
+        for fields in ENCODERS:
+            if before[fields[0]] is None:
+                added |= {name: whole[name] for name in fields}
+        after = before | added | run.model.overrides
+        if after != before:
+            model = with_config(model, UnivalConfig.from_dict(after))
     for part, path in stage.weights.items():
         filled = initialise(model, part, path)
         log.info("%s: %d tensors of %s", stage.name, len(filled), path)
@@ -96,7 +116,7 @@ def begin(run: Run, folder: Path, world: World) -> None:
     if path.is_file():
         before = load_config(Run, path)
         for name in SAME:
-            if getattr(before, name) != getattr(run, name):
+            if _without_passes(getattr(before, name)) != _without_passes(getattr(run, name)):
                 raise ResumeError(
                     f"{folder}: was begun with another {name!r}; choose another `output`"
                 )
@@ -116,6 +136,13 @@ def begin(run: Run, folder: Path, world: World) -> None:
         write_json(folder / "data.json", data)
         (folder / "command.txt").write_text(shlex.join(sys.orig_argv) + "\n", encoding="utf-8")
     world.barrier()
+
+
+def _without_passes(value: Any) -> Any:
+    """A run's stages without `accumulate`, which may change with the number of ranks."""
+    if not isinstance(value, list):
+        return value
+    return [replace(stage, accumulate=1) for stage in value]
 
 
 def _say_when_done(task: str, done: int, total: int) -> None:
@@ -170,6 +197,7 @@ def train(run: Run) -> Path:
         NonFiniteError: a loss or gradient was not finite, under the policy to halt.
         SaveError: a checkpoint could not be written.
     """
+    asked = on_request()
     world = init_distributed()
     check_run(run, world.size)
     check_data(run)
@@ -193,7 +221,7 @@ def train(run: Run) -> Path:
                     measured = [s for s in run.stages if s.evaluate]
                     measure(run, measured, model, vocabulary, folder / "evaluation_before")
             world.barrier()
-            StageRun(run, stage, model, vocabulary, place, world, done, run_log).train()
+            StageRun(run, stage, model, vocabulary, place, world, asked, done, run_log).train()
             if world.rank == 0:
                 last = place.latest()
                 assert last is not None
@@ -228,11 +256,12 @@ class StageRun:
         vocabulary: Vocabulary,
         place: StageFolder,
         world: World,
+        asked: Event,
         steps_before: int,
         run_log: RunLog | None,
     ) -> None:
         self.run, self.stage, self.vocabulary = run, stage, vocabulary
-        self.place, self.world, self.log = place, world, run_log
+        self.place, self.world, self.asked, self.log = place, world, asked, run_log
         self.steps_before = steps_before
         self.folder = place.path.parents[1]
         self.engine = Engine(model, run, stage, world)
@@ -240,7 +269,6 @@ class StageRun:
         self.refused_in_row = self.refused = self.rollbacks = 0
         self._saved = -1  # the step of the last checkpoint
         self.interval = Interval()
-        on_request(lambda: self.engine.request(stop=True))
 
     def train(self) -> None:
         """Train until the last step, a request to stop, or a fault that ends the run."""
@@ -273,7 +301,7 @@ class StageRun:
             maker.steps(done, self.stage.steps), start=done + 1
         ):
             waited = time.monotonic() - began
-            self.engine.request(failed=self.saver.failed)
+            self.engine.request(stop=self.asked.is_set(), failed=self.saver.failed)
             result = self.engine.step(batches, update)
             if result.failed:
                 self.saver.wait()
