@@ -16,10 +16,27 @@ def _train(arguments: argparse.Namespace) -> int:
     return main(["--config", arguments.config, *arguments.overrides])
 
 
+def _resume(arguments: argparse.Namespace) -> int:
+    from unival.launch import resume
+
+    return resume(arguments.run, arguments.num_gpus)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    import json
+
+    from unival.training.compare import compare, table
+
+    picture = compare(arguments.runs, arguments.out, arguments.metric)
+    print(table(json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))))
+    print(picture)
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from unival.demo import run_demo
 
-    return run_demo(arguments.overrides)
+    return run_demo(arguments.overrides, arguments.num_gpus)
 
 
 def _make_samples(arguments: argparse.Namespace) -> int:
@@ -244,7 +261,19 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True)
     train.add_argument("overrides", nargs="*", help="key=value")
 
+    resume = command("resume", _resume, "go on with a run that has stopped")
+    resume.add_argument("run", type=Path, help="the run's folder")
+    resume.add_argument("--num-gpus", type=_positive(int), help="ranks; else as many as before")
+
+    runs = commands.add_parser("runs", help="compare runs").add_subparsers(required=True)
+    compare = runs.add_parser("compare", help="draw the curves of several runs into one picture")
+    compare.set_defaults(handler=_compare)
+    compare.add_argument("runs", type=Path, nargs="+", help="the runs' folders")
+    compare.add_argument("--out", type=Path, default=Path("runs/compare.png"), help=".png or .svg")
+    compare.add_argument("--metric", help="only this one, such as grad_norm or tasks/vqa")
+
     demo = command("demo", _demo, "train the tiny model on the samples and write a report")
+    demo.add_argument("--num-gpus", type=_positive(int), default=1, help="processes")
     demo.add_argument("overrides", nargs="*", help="key=value")
 
     _add_data(command("data", _data, "check, shard, re-encode and count data; make the samples"))

@@ -3,21 +3,20 @@ at."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from unival.data.samples import make_samples
 from unival.evaluation.report import write_report
+from unival.launch import launch
 
 CONFIG = Path("configs/pretrain/demo.yaml")
 DATA = Path("runs/demo_data")
 RUN = Path("runs/demo")
 
 
-def run_demo(overrides: list[str]) -> int:
+def run_demo(overrides: list[str], ranks: int = 1) -> int:
     """Run the demo from the root of a checkout; returns the exit status.
 
     The training goes through the deepspeed launcher, as a user's own run does. An interrupted demo
@@ -32,13 +31,9 @@ def run_demo(overrides: list[str]) -> int:
         print(f"the finished run before this one is now {finished}")
     counts = make_samples(Path("samples"), DATA)
     print("samples:", ", ".join(f"{name} {count}" for name, count in counts.items()))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [str(launcher), "--num_gpus", "1", "--module", "unival.train"]
-    environment = dict(os.environ)
-    environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment.get('PATH', '')}"
-    done = subprocess.run([*command, "--config", str(CONFIG), *overrides], env=environment)
-    if done.returncode:
-        return done.returncode
+    status = launch(ranks, ["--config", str(CONFIG), *overrides])
+    if status:
+        return status
     page = write_report(RUN)
     print(f"{page}: open it in a browser ({(time.monotonic() - began) / 60:.1f} minutes)")
     return 0

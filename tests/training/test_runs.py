@@ -3,15 +3,19 @@ replaced."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -126,25 +130,58 @@ def test_two_processes_equal_one(whole, data, tmp_path):
         assert two[step]["samples_per_second"] > 0
 
 
-def test_a_run_killed_in_stage_two_resumes_at_the_right_sample(whole, data, tmp_path):
-    config = write_config(tmp_path, data, rows=4)
+def kill_at(command: list[str], folder: Path, step: int) -> None:
+    """Start a run and kill all of its processes when it has logged a step."""
     process = subprocess.Popen(
-        plain(config), cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
-    )
-    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+        command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 200
     while time.monotonic() < deadline:
-        if metrics.is_file() and max(curve(tmp_path), default=0) >= 6:
+        if metrics.is_file() and max(curve(folder), default=0) >= step:
             break
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    found = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(True))]
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_run_killed_in_stage_two_resumes_at_the_right_sample(whole, data, tmp_path):
+    config = write_config(tmp_path, data, rows=4)
+    kill_at(plain(config), tmp_path, step=6)
     done = run(plain(config))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed two after step" in done.stderr
     resumed, uninterrupted = curve(tmp_path), curve(whole)
     for step in uninterrupted:
         assert resumed[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], rel=1e-6), step
+
+
+def test_a_run_is_resumed_by_its_folder_with_as_many_ranks_or_others(whole, data, tmp_path):
+    """Killed on two ranks in the second stage, gone on with on four."""
+    kill_at(launched(write_config(tmp_path, data, rows=4), ranks=2), tmp_path, step=6)
+    unival = [sys.executable, "-m", "unival.cli"]
+    done = run([*unival, "resume", str(tmp_path / "run"), "--num-gpus", "4"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed two after step" in done.stderr
+    one, several = curve(whole), curve(tmp_path)
+    for step in one:
+        assert several[step]["loss"] == pytest.approx(one[step]["loss"], rel=2e-4), step
+    again = run([*unival, "resume", str(tmp_path / "run")])
+    assert again.returncode == 2
+    assert "all 2 stages have finished" in again.stderr
+    nowhere = run([*unival, "resume", str(tmp_path)])
+    assert nowhere.returncode == 2
+    assert "no run: it has no config.yaml" in nowhere.stderr
+    picture = tmp_path / "both.png"
+    folders = [str(whole / "run"), str(tmp_path / "run")]
+    done = run([*unival, "runs", "compare", *folders, "--out", str(picture)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert picture.stat().st_size > 10_000
+    assert "samples_per_second" in done.stdout
 
 
 def test_bf16_follows_float32(whole, data, tmp_path):
@@ -175,11 +212,53 @@ def test_another_config_in_the_same_folder_is_refused(whole, data):
         ("media.video_transform=squash", "video_transform='squash'; known: exact"),
         ("stages.1.micro_batches.0.medium=film", "stage 'two': medium 'film'; known: audio"),
         ("stages.1.micro_batches.0.mixture.0.every=8", "needs a mixture with rows in every step"),
+        ("stages.0.freeze=[encoders]", "known: embeddings, image_encoder"),
+        ("stages.0.media.image_sise=32", "did you mean 'image_size'"),
+        ("stages.0.media.image_size=big", "stage 'one': media.image_size: Value 'big'"),
+        ("stages.0.accumulate=3", "stage 'one': 2 rows of .*do not divide into 3 passes|2 rows do"),
+        ("stages.0.weights.voice=a.pt", "weights of the part.*known: text, image"),
+        ("stages.0.weights.image=a.pt", "stage 'one': weights.image: no file a.pt"),
+        ("stages.0.init_from=nowhere", "nowhere: no saved model"),
+        ("sources.qa.path=nowhere.tsv", "nowhere.tsv"),
+        ("stages=[]", "stages is empty"),
+        ("precision=fp16", "fp16 wants a GPU|zero_stage of at least 1"),
+        ("deepspeed.zero_stage=4", "known: 0, 1, 2, 3"),
+        ("deepspeed.config=nowhere.json", "nowhere.json: cannot be read as a ds_config"),
     ],
 )
-def test_mistakes_end_with_a_sentence(data, tmp_path, override, message):
-    import re
+def test_ranks_that_do_not_divide_the_rows_are_refused_before_anything_is_written(data, tmp_path):
+    done = run(launched(write_config(tmp_path, data, rows=3), ranks=2))
+    assert done.returncode == 2
+    words = "stage 'one': 3 rows of medium 'image' do not divide into 2 ranks x 1 passes"
+    assert words in done.stderr
+    assert not (tmp_path / "run").exists()
 
+
+def test_a_stage_without_data_is_refused(data, tmp_path):
+    (tmp_path / "empty.tsv").write_text("")
+    config = write_config(tmp_path, data, rows=2)
+    done = run([*plain(config), f"sources.video_qa.path={tmp_path / 'empty.tsv'}"])
+    assert done.returncode == 2
+    assert re.search(r"source 'video_qa': .*empty.tsv has no rows", done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_list_or_model_in_the_same_folder_is_refused(whole, data, tmp_path):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    shutil.copytree(data, tmp_path / "data")
+    config = write_config(tmp_path, tmp_path / "data", rows=4)
+    (tmp_path / "run/config.yaml").unlink()  # the paths are others; what counts are the lists
+    lines = (tmp_path / "data/video_qa.tsv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "data/video_qa.tsv").write_bytes(b"".join(lines[:-1]))
+    done = run(plain(config))
+    assert done.returncode == 2
+    assert "was begun with another list in source 'video_qa'" in done.stderr
+    done = run([*plain(write_config(whole, data, rows=4)), "model.overrides.ffn_dim=96"])
+    assert done.returncode == 2
+    assert "was begun with another 'model'" in done.stderr
+
+
+def test_mistakes_end_with_a_sentence(data, tmp_path, override, message):
     done = run([*plain(write_config(tmp_path, data, rows=2)), override])
     assert done.returncode == 2
     assert re.search(message, done.stderr), done.stderr[-2000:]

@@ -7,12 +7,15 @@ import itertools
 import json
 import os
 import random
+import typing
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from unival.data.batch import collate
@@ -69,7 +72,14 @@ def stage_media(run: Run, stage: Stage) -> MediaOptions:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise ValueError(f"stage {stage.name!r}: unknown media.{name}; did you mean {near!r}?")
-    return replace(run.media, **stage.media)
+    if not stage.media:
+        return run.media
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(run.media), stage.media)
+        return typing.cast(MediaOptions, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        problem = str(error).splitlines()[0]
+        raise ValueError(f"stage {stage.name!r}: media.{error.full_key}: {problem}") from error
 
 
 def open_sources(run: Run) -> dict[str, TsvTable | TarShards]:
