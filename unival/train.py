@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from unival.config import ConfigError, load_config
+from unival.config import load_config
 from unival.training.options import Run
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("unival").setLevel(logging.INFO)
     try:
         run = load_config(Run, arguments.config, arguments.overrides)
-    except ConfigError as error:
+    except ValueError as error:
         return _end(2, str(error))
     return _train(run)
 

@@ -103,16 +103,17 @@ class Ranks:
             process.join()
         return found
 
-    def left(self, timeout: float) -> list[Any]:
-        """What the ranks return that were not killed, None for the others."""
+    def end(self, patience: float) -> list[Any]:
+        """What ranks return after others were killed; None of those that were, or that must be
+        because they still wait for a dead one to join them (which launchers do likewise)."""
         found = []
         for end in self.ends:
             try:
-                assert end.poll(timeout), "a rank waits for a dead one"
-                found.append(end.recv())
+                found.append(end.recv() if end.poll(patience) else None)
                 end.send(None)
-            except EOFError:
+            except (EOFError, BrokenPipeError):
                 found.append(None)
+        self.kill()
         return found
 
     def kill(self) -> None:

@@ -249,8 +249,7 @@ def kill_until_finished(folder: Path, config: Path, kills: int, chance: random.R
         victims = chance.choice([[0], [1], [0, 1]])
         for rank in victims:
             os.kill(ranks.processes[rank].pid, signal.SIGKILL)
-        # The other rank ends by itself: nobody is there to talk to.
-        assert all(status in (None, 1) for status in ranks.left(60))
+        assert all(status in (None, 1) for status in ranks.end(patience=5))
     return done
 
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from ranks import on_ranks
 
 from unival.data.samples import make_samples
+from unival.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -151,7 +153,7 @@ def kill_at(command: list[str], folder: Path, step: int) -> None:
 
 def test_a_run_killed_in_stage_two_resumes_at_the_right_sample(whole, data, tmp_path):
     config = write_config(tmp_path, data, rows=4)
-    kill_at(plain(config), tmp_path, step=6)
+    kill_at(plain(config), tmp_path, step=8)
     done = run(plain(config))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed two after step" in done.stderr
@@ -162,7 +164,7 @@ def test_a_run_killed_in_stage_two_resumes_at_the_right_sample(whole, data, tmp_
 
 def test_a_run_is_resumed_by_its_folder_with_as_many_ranks_or_others(whole, data, tmp_path):
     """Killed on two ranks in the second stage, gone on with on four."""
-    kill_at(launched(write_config(tmp_path, data, rows=4), ranks=2), tmp_path, step=6)
+    kill_at(launched(write_config(tmp_path, data, rows=4), ranks=2), tmp_path, step=8)
     unival = [sys.executable, "-m", "unival.cli"]
     done = run([*unival, "resume", str(tmp_path / "run"), "--num-gpus", "4"])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -195,10 +197,42 @@ def test_bf16_follows_float32(whole, data, tmp_path):
 
 
 def test_another_config_in_the_same_folder_is_refused(whole, data):
-    path = write_config(whole, data, rows=3)
-    done = run(plain(path))
-    assert done.returncode == 2
-    assert "begun with another 'stages'" in done.stderr
+    config = write_config(whole, data, rows=3)
+    assert on_ranks(whole, 1, main, ["--config", str(config)]) == [2]
+    assert "begun with another 'stages'" in (whole / "rank0.log").read_text()
+
+
+def test_ranks_that_do_not_divide_the_rows_are_refused_before_anything_is_written(data, tmp_path):
+    config = write_config(tmp_path, data, rows=3)
+    assert on_ranks(tmp_path, 2, main, ["--config", str(config)]) == [2, 2]
+    words = "stage 'one': 3 rows of medium 'image' do not divide into 2 ranks x 1 passes"
+    assert words in (tmp_path / "rank0.log").read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_without_data_is_refused(data, tmp_path):
+    (tmp_path / "empty.tsv").write_text("")
+    config = write_config(tmp_path, data, rows=2)
+    empty = f"sources.video_qa.path={tmp_path / 'empty.tsv'}"
+    assert on_ranks(tmp_path, 1, main, ["--config", str(config), empty]) == [2]
+    told = (tmp_path / "rank0.log").read_text()
+    assert re.search(r"source 'video_qa': .*empty.tsv has no rows", told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_list_or_model_in_the_same_folder_is_refused(whole, data, tmp_path):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    shutil.copytree(data, tmp_path / "data")
+    config = write_config(tmp_path, tmp_path / "data", rows=4)
+    (tmp_path / "run/config.yaml").unlink()  # the paths are others; what counts are the lists
+    lines = (tmp_path / "data/video_qa.tsv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "data/video_qa.tsv").write_bytes(b"".join(lines[:-1]))
+    assert on_ranks(tmp_path, 1, main, ["--config", str(config)]) == [2]
+    told = (tmp_path / "rank0.log").read_text()
+    assert "was begun with another list in source 'video_qa'" in told
+    other = ["--config", str(write_config(whole, data, rows=4)), "model.overrides.ffn_dim=96"]
+    assert on_ranks(tmp_path, 1, main, other) == [2]
+    assert "was begun with another 'model'" in (tmp_path / "rank0.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -226,40 +260,9 @@ def test_another_config_in_the_same_folder_is_refused(whole, data):
         ("deepspeed.config=nowhere.json", "nowhere.json: cannot be read as a ds_config"),
     ],
 )
-def test_ranks_that_do_not_divide_the_rows_are_refused_before_anything_is_written(data, tmp_path):
-    done = run(launched(write_config(tmp_path, data, rows=3), ranks=2))
-    assert done.returncode == 2
-    words = "stage 'one': 3 rows of medium 'image' do not divide into 2 ranks x 1 passes"
-    assert words in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_stage_without_data_is_refused(data, tmp_path):
-    (tmp_path / "empty.tsv").write_text("")
-    config = write_config(tmp_path, data, rows=2)
-    done = run([*plain(config), f"sources.video_qa.path={tmp_path / 'empty.tsv'}"])
-    assert done.returncode == 2
-    assert re.search(r"source 'video_qa': .*empty.tsv has no rows", done.stderr)
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_list_or_model_in_the_same_folder_is_refused(whole, data, tmp_path):
-    shutil.copytree(whole / "run", tmp_path / "run")
-    shutil.copytree(data, tmp_path / "data")
-    config = write_config(tmp_path, tmp_path / "data", rows=4)
-    (tmp_path / "run/config.yaml").unlink()  # the paths are others; what counts are the lists
-    lines = (tmp_path / "data/video_qa.tsv").read_bytes().splitlines(keepends=True)
-    (tmp_path / "data/video_qa.tsv").write_bytes(b"".join(lines[:-1]))
-    done = run(plain(config))
-    assert done.returncode == 2
-    assert "was begun with another list in source 'video_qa'" in done.stderr
-    done = run([*plain(write_config(whole, data, rows=4)), "model.overrides.ffn_dim=96"])
-    assert done.returncode == 2
-    assert "was begun with another 'model'" in done.stderr
-
-
 def test_mistakes_end_with_a_sentence(data, tmp_path, override, message):
-    done = run([*plain(write_config(tmp_path, data, rows=2)), override])
-    assert done.returncode == 2
-    assert re.search(message, done.stderr), done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
+    config = write_config(tmp_path, data, rows=2)
+    assert on_ranks(tmp_path, 1, main, ["--config", str(config), override]) == [2]
+    told = (tmp_path / "rank0.log").read_text()
+    assert re.search(message, told), told[-2000:]
+    assert "Traceback" not in told
