@@ -201,7 +201,8 @@ def count(engine: Engine) -> dict[str, int]:
         found[category] = sum(left.pop(address, 0) for address in own)
     found["rest"] = sum(left.values())
     if zero_stage(engine.deepspeed) == 3:  # a parameter that is not whole is empty
-        found["whole"] = sum(storages(engine.names).values())
+        whole, parts = storages(engine.names), storages(p.ds_tensor for p in engine.names)
+        found["whole"] = sum(size for address, size in whole.items() if address not in parts)
     return found
 
 
@@ -349,7 +350,7 @@ def table(report: dict[str, Any]) -> str:
         "",
         f"Model: {report['model']}, {first['parameters']:,} parameters, of which "
         f"{first['small_parameters']:,} in ones that stage 3 keeps whole. MiB of live tensors: of "
-        "the rank farthest from the formula / by formula; in the last columns of the rank with most.",
+        "the rank farthest from the formula / by formula; in the other columns of that with most.",
         "",
         "| precision | ranks | stage | parameters | gradients | optimizer "
         f"| {' | '.join(others)} |",

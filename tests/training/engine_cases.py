@@ -128,6 +128,13 @@ def train_steps(run: Run, steps: int) -> tuple[list[StepResult], dict]:
     return steps_on(engine, 1, steps), state_of(engine)
 
 
+def train_and_rates(run: Run, steps: int) -> tuple[list[StepResult], list[float]]:
+    """Results and learning rates of some steps, all on the same rows."""
+    engine = build(run)
+    pairs = [(engine.step(rows_of_step(1), step), engine.lr) for step in range(1, steps + 1)]
+    return [result for result, _ in pairs], [rate for _, rate in pairs]
+
+
 def train_and_record(run: Run, steps: int) -> list[dict]:
     """A rank's state before the first and after every step."""
     engine = build(run)
