@@ -171,6 +171,11 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return found
 
 
+def parts_of(engine: Engine) -> list[Tensor]:
+    """This rank's part of every parameter at stage 3."""
+    return [part for p in engine.names if (part := getattr(p, "ds_tensor", None)) is not None]
+
+
 def held(engine: Engine) -> dict[str, dict[int, int]]:
     """Storages of each category but the rest; one may be in several, and belongs to the first."""
     parameters, optimizer = list(engine.names), base_optimizer(engine.deepspeed)
@@ -181,9 +186,8 @@ def held(engine: Engine) -> dict[str, dict[int, int]]:
     wrapper = engine.deepspeed.optimizer
     sums += tensors_in([getattr(wrapper, name, None) for name in HELD])
     buckets = getattr(wrapper, "ipg_buckets", {}).values()
-    parts = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]
     return {
-        "parameters": storages([*parameters, *parts]),
+        "parameters": storages([*parameters, *parts_of(engine)]),
         "optimizer": storages([*tensors_in(list(optimizer.state.values())), *masters]),
         "buckets": storages(tensors_in([bucket.buffer for bucket in buckets])),
         "gradients": storages(sums),
@@ -201,7 +205,7 @@ def count(engine: Engine) -> dict[str, int]:
         found[category] = sum(left.pop(address, 0) for address in own)
     found["rest"] = sum(left.values())
     if zero_stage(engine.deepspeed) == 3:  # a parameter that is not whole is empty
-        whole, parts = storages(engine.names), storages(p.ds_tensor for p in engine.names)
+        whole, parts = storages(engine.names), storages(parts_of(engine))
         found["whole"] = sum(size for address, size in whole.items() if address not in parts)
     return found
 

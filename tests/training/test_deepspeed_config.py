@@ -76,10 +76,11 @@ def test_auto_and_what_is_not_mentioned_come_from_the_run(tmp_path, precision, b
 
 def test_a_plain_file_trains_by_its_own_optimizer_and_schedule(tmp_path):
     run = with_file(tmp_path, PLAIN)
-    ((results, rates),) = on_ranks(tmp_path, 1, cases.train_and_rates, run, 3)
-    assert all(result.finite for result in results)
-    assert results[2].loss < results[0].loss
-    assert rates[0] < rates[1] < rates[2] <= 1e-3
+    ((results, rates),) = on_ranks(tmp_path, 1, cases.train_and_rates, run, 4)
+    losses = [result.loss for result in results]
+    # DeepSpeed's warm-up takes a step before and after the first at a rate of 0.
+    assert rates == pytest.approx([0, 0.25e-3, 0.5e-3, 0.75e-3])
+    assert losses[0] == losses[1] == losses[2] > losses[3]
 
 
 @pytest.mark.parametrize(

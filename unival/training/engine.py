@@ -416,7 +416,7 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last update."""
+        """The learning rate of the last update; by a schedule of the ds_config, of the next."""
         return float(base_optimizer(self.deepspeed).param_groups[0]["lr"])
 
     def _result(self, sums: Tensor, batches: list[Batch]) -> StepResult:
