@@ -14,7 +14,8 @@ random pictures and ids, in float32 on one rank:
 same for neighbouring steps, which slow drifts of the machine's speed leave alone. `between parts`
 is the share of the engine's step that is no forward, backward or optimizer by its own clock; the
 aim is 3 % at most. CPU time is that of the process on all its threads, which other programs disturb
-less.
+less. Where threads lose their cores they wait for each other by burning CPU time too: there,
+`--threads 1` tells more.
 
 Stage 0 does in the optimizer what the plain loop does. From stage 1 DeepSpeed, also on one rank,
 copies gradients into buckets and partitions and parameters back from its masters.
@@ -236,9 +237,12 @@ def main() -> int:
         ("warmup", 2, "steps of each before"),
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{what} ({value})")
+    parser.add_argument("--threads", type=int, help="of torch (as many as it takes by itself)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write FILE.md and FILE.json")
     args = parser.parse_args()
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     load, world, results = os.getloadavg(), init_distributed(), []
     for zero_stage in args.stages:
         results.append(measure(args, zero_stage, world))

@@ -323,8 +323,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 def wrong(results: list[dict[str, Any]]) -> list[str]:
     """What is out of bounds, in words."""
     return [
-        f"{result['precision']}, stage {result['stage']}, ranks {result['ranks']}: {name} are "
-        f"{deviation:+.1%} from the formula's {result['formula'][name] / MIB:.1f} MiB a rank"
+        f"{result['precision']}, stage {result['stage']}, ranks {result['ranks']}: bytes of {name} "
+        f"are {deviation:+.1%} from the formula's {result['formula'][name] / MIB:.1f} MiB a rank"
         for result in results
         for name, deviation in result["deviation"].items()
         if abs(deviation) > BOUND

@@ -180,6 +180,38 @@ def test_one_step_and_values_that_are_not_numbers_can_be_drawn():
     assert b"<svg" in drawn
 
 
+def test_steps_that_were_not_finite_are_shown_with_module_and_samples(run):
+    (run / "nonfinite").mkdir()
+    sample = {"source": "web", "id": NASTY, "file": "web.tsv", "row": 31}
+    module = {"module": "encoder.layers.3.ffn", "input_finite": True, "largest_input": 6.5e4}
+    told = {"stage": "one", "step": 41, "rank": 2, "policy": "skip"}
+    bad = {"medium": "video", "first_module": module, "samples": [sample]}
+    gradient = {"medium": "image", "first_module": None, "first_gradient": "decoder.norm"}
+    good = {"medium": "image", "first_module": None, "first_gradient": None, "samples": [sample]}
+    passes = [bad, gradient | {"samples": []}, good]
+    path = run / "nonfinite" / "one-step000041-rank2.json"
+    path.write_text(json.dumps(told | {"passes": passes}))
+    text = write_report(run).read_text()
+    page = Page(text)
+    assert "Steps that were not finite" in page.text
+    assert "encoder.layers.3.ffn (inputs up to 6.5e+04)" in page.text
+    assert "gradient of decoder.norm" in page.text
+    assert f"web {NASTY} (row 31)" in page.text
+    assert NASTY not in text
+    assert page.text.count("skip") == 2
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"rank2\.json: no report of a step"):
+        write_report(run)
+
+
+def test_a_step_without_a_loss_is_a_gap_in_the_curve():
+    steps = [
+        {"stage": "one", "global_step": n, "loss": loss, "lr": 0.1, "tasks": {}, "step": n}
+        for n, loss in ((1, 2.0), (2, None), (3, 1.0))
+    ]
+    assert b"<svg" in draw_curves(steps)
+
+
 def test_without_matplotlib_the_report_says_so(run, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from unival.data.media import Loaded, MediaOptions
 from unival.data.sampler import LoaderState
@@ -184,3 +185,48 @@ def test_films_and_sounds_come_through_the_decoding_processes(make, data):
         assert batch.tensors[key].shape[0] == 3
         assert batch.tensors[key].isfinite().all()
         assert batch.tensors[key].std() > 0
+
+
+def test_rows_shared_by_sources_are_cut_into_passes_of_ranks_in_one_order(data):
+    """The passes of all ranks, one after the other, are the rows of one rank in one pass."""
+    sources = {
+        "qa": Source(str(data / "vision_language_qa.tsv")),
+        "caption": Source(str(data / "vision_language_caption.tsv")),
+    }
+    mixture = [Mixture("qa", weight=3.0), Mixture("caption", weight=1.0)]
+
+    def passes(rank, world, accumulate):
+        micro = MicroBatch("image", mixture, rows=8, balance="weights")
+        stage = Stage("one", 10, [micro], accumulate=accumulate)
+        run = Run("out", sources, [stage], media=MEDIA, negatives=str(data / "negative_sample"))
+        with BatchMaker(run, stage, WORDS, rank, world) as maker:
+            return [maker.step(step) for step in range(3)], maker.state
+
+    whole, state = passes(0, 1, 1)
+    assert state.samples == {"qa": 18, "caption": 6}  # 3 : 1 of 24 rows
+    parts = [passes(rank, 2, 2) for rank in range(2)]
+    assert all(found == state for _, found in parts)
+    for step, (batch,) in enumerate(whole):
+        split = [parts[rank][0][step][number] for number in range(2) for rank in range(2)]
+        assert [s for part in split for s in part.samples] == batch.samples
+        assert [task for part in split for task in part.tasks] == batch.tasks
+        assert [part.group for part in split] == [0] * 4
+        pixels = torch.cat([part.tensors["pixel_values"] for part in split])
+        assert pixels.equal(batch.tensors["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("balance", "share"),
+    [("balanced", {"qa": 6, "few": 6}), ("proportional", {"qa": 10, "few": 2})],
+)
+def test_balance_is_even_or_by_the_sizes_of_the_sources(data, tmp_path, balance, share):
+    lines = (data / "vision_language_qa.tsv").read_bytes().splitlines(keepends=True)
+    (tmp_path / "many.tsv").write_bytes(b"".join(lines[:20]))
+    (tmp_path / "few.tsv").write_bytes(b"".join(lines[:4]))
+    sources = {"qa": Source(str(tmp_path / "many.tsv")), "few": Source(str(tmp_path / "few.tsv"))}
+    mixture = [Mixture("qa"), Mixture("few")]
+    stage = Stage("one", 10, [MicroBatch("image", mixture, rows=12, balance=balance)])
+    run = Run("out", sources, [stage], media=MEDIA, negatives=str(data / "negative_sample"))
+    with BatchMaker(run, stage, WORDS, 0, 1) as maker:
+        maker.step(0)
+        assert maker.state.samples == share

@@ -85,6 +85,19 @@ def test_masters_of_bf16_go_on_bit_for_bit(tmp_path, stage):
     assert_close(whole(found), whole(expected), 0)
 
 
+def test_stage_3_in_many_groups_without_whole_parameters_goes_on_bit_for_bit(tmp_path):
+    """Its flat buffers are then many, and the smallest parameters are cut and padded too."""
+    zero = {"stage": 3, "sub_group_size": 100_000, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    run = small(tmp_path, 3)
+    run = replace(run, deepspeed=replace(run.deepspeed, config=str(tmp_path / "ds.json")))
+    expected = on_ranks(tmp_path / "logs", 2, cases.train_save_train, run, 2, 2)
+    found = on_ranks(tmp_path / "logs", 2, cases.resume_train, run, 2)
+    assert_close(whole(found), whole(expected), 0)
+    one = on_ranks(tmp_path / "logs", 1, cases.resume_train, small(tmp_path, 2), 2)
+    assert_close(whole(one), whole(expected), 1e-5)
+
+
 def test_moments_and_their_count_are_those_of_the_run(tmp_path, saved):
     """Without them the resumed losses above would be nearly right all the same."""
     folder, _ = saved[2]

@@ -34,6 +34,9 @@ PLAIN = {
 }  # fmt: skip
 
 
+SAFE = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
+
+
 def with_file(tmp_path: Path, content: object, **fields):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(content))
@@ -57,10 +60,10 @@ def test_a_file_decides_what_it_mentions_and_the_stage_its_batches(tmp_path):
 @pytest.mark.parametrize(
     ("precision", "bf16", "expected"),
     [
-        ("bf16", {"enabled": "auto"}, {"enabled": True, "check_grad_overflow": True}),
+        ("bf16", {"enabled": "auto"}, SAFE),
         ("fp32", {"enabled": True}, {"enabled": True}),
         ("bf16", {"enabled": False}, {"enabled": False}),
-        ("bf16", None, {"enabled": True, "check_grad_overflow": True}),
+        ("bf16", None, SAFE),
     ],
 )
 def test_auto_and_what_is_not_mentioned_come_from_the_run(tmp_path, precision, bf16, expected):

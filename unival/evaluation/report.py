@@ -62,8 +62,8 @@ pre { overflow-x: auto; padding: .75rem; background: var(--card); border-radius:
 def write_report(run: str | Path) -> Path:
     """Write report.html into the folder of a run and return its path.
 
-    Reads what exists of metrics.jsonl, evaluation_before/ and evaluation_after/ (evaluation.json
-    with its thumbnails), config.yaml and command.txt.
+    Reads what exists of metrics.jsonl, nonfinite/, evaluation_before/ and evaluation_after/
+    (evaluation.json with its thumbnails), config.yaml and command.txt.
 
     Raises:
         ValueError: the run has neither metrics nor an evaluation, or one of them is damaged.
@@ -77,7 +77,7 @@ def write_report(run: str | Path) -> Path:
     }
     if not steps and not found:
         raise ValueError(f"{run}: neither metrics.jsonl nor an evaluation to report about")
-    parts = [_head(run.resolve().name), _curves(steps), _score_table(found)]
+    parts = [_head(run.resolve().name), _curves(steps), _refused(run), _score_table(found)]
     if found:
         when = list(found)[-1]
         parts.append(_cards(found[when].predictions, run / f"evaluation_{when}", when))
@@ -216,6 +216,46 @@ def _stages(steps: Sequence[dict]) -> list[tuple[str, float, float]]:
             starts.append((str(step["stage"]), step["global_step"]))
     ends = [start for _, start in starts[1:]] + [steps[-1]["global_step"]]
     return [(name, start, end) for (name, start), end in zip(starts, ends, strict=True)]
+
+
+def _refused(run: Path) -> str:
+    """Where the values of a step were not finite: a row for each pass of the ranks that saw it."""
+    rows = []
+    for path in sorted((run / "nonfinite").glob("*.json")):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            passes = [(p, _where(p)) for p in told["passes"]]
+            samples = [
+                ", ".join(f"{s['source']} {s['id']} (row {s['row']})" for s in p["samples"])
+                for p in told["passes"]
+            ]
+            head = [told[name] for name in ("stage", "step", "rank", "policy")]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: no report of a step: {error!r}") from error
+        for (each, where), shown in zip(passes, samples, strict=True):
+            if where:
+                cells = [*head, each["medium"], where, shown]
+                rows.append("".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells))
+    if not rows:
+        return ""
+    names = ("stage", "step", "rank", "policy", "medium", "first where", "samples")
+    head_row = "".join(f"<th>{name}</th>" for name in names)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        '<h2>Steps that were not finite</h2><div class="scroll"><table><thead><tr>'
+        f"{head_row}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<p class="note">No weights were changed by these steps.</p>'
+    )
+
+
+def _where(found: dict) -> str:
+    """The first module of a pass whose output, or its gradient, was not finite."""
+    module = found["first_module"]
+    if module is None:
+        gradient = found.get("first_gradient")
+        return f"gradient of {gradient}" if gradient else ""
+    cause = "" if module["input_finite"] else ", whose input was not finite either"
+    return f"{module['module']} (inputs up to {module['largest_input']:.3g}{cause})"
 
 
 def _score_table(found: dict[str, Evaluation]) -> str:

@@ -72,7 +72,11 @@ def _generated(run: Run, stage: Stage) -> dict[str, Any]:
         "allgather_bucket_size": BUCKET,
     }
     if options.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": BUCKET, "stage3_max_live_parameters": 10 * BUCKET}
+        zero |= {
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_max_live_parameters": 10 * BUCKET,
+            "sub_group_size": BUCKET,  # updated at once, from a copy of its gradients
+        }
     if options.offload_optimizer:
         if options.zero_stage == 0:
             raise ValueError("deepspeed.offload_optimizer wants deepspeed.zero_stage of at least 1")
@@ -91,7 +95,12 @@ def _generated(run: Run, stage: Stage) -> dict[str, Any]:
     }
     if run.precision == "bf16":
         # The passes of a step are summed in float32; a gradient that is not finite stops the step.
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # They are added as they come, so that none is kept in bf16 beside.
+        config["bf16"] = {
+            "enabled": True,
+            "check_grad_overflow": True,
+            "immediate_grad_update": True,
+        }
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif run.precision == "fp16":
         config["fp16"] = dict(FP16)
