@@ -77,6 +77,17 @@ def test_auto_and_what_is_not_mentioned_come_from_the_run(tmp_path, precision, b
         assert made["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
+def test_auto_of_an_optimizer_is_the_runs_and_of_a_scheduler_is_refused(tmp_path):
+    params = {"lr": "auto", "betas": "auto", "eps": 1e-6, "weight_decay": "auto"}
+    run = with_file(tmp_path, {"optimizer": {"type": "Adam", "params": params}})
+    made = deepspeed_config(run, run.stages[0])["optimizer"]
+    wanted = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.01}
+    assert made == {"type": "Adam", "params": wanted}
+    run = with_file(tmp_path, {"scheduler": {"type": "WarmupLR", "params": {"x": "auto"}}})
+    with pytest.raises(ValueError, match=r"ds\.json: the scheduler has values 'auto'"):
+        deepspeed_config(run, run.stages[0])
+
+
 def test_a_plain_file_trains_by_its_own_optimizer_and_schedule(tmp_path):
     run = with_file(tmp_path, PLAIN)
     ((results, rates),) = on_ranks(tmp_path, 1, cases.train_and_rates, run, 4)
@@ -95,6 +106,7 @@ def test_a_plain_file_trains_by_its_own_optimizer_and_schedule(tmp_path):
         ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
         ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "overlap_comm"),
+        ({"zero_optimization": {}, "bf16": {"enabled": True}}, "bf16 with ZeRO stage 0"),
     ],
 )
 def test_traps_are_refused_with_a_sentence(tmp_path, change, words):

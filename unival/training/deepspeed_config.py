@@ -43,7 +43,12 @@ def deepspeed_config(run: Run, stage: Stage) -> dict[str, Any]:
             if given.get(key, "auto") not in ("auto", config[key]):
                 log.warning("%s: %s is ignored: the stage's rows decide", path, key)
             given[key] = config[key]
-        config = _filled(given, config)
+        if "auto" in json.dumps(given.get("scheduler", {})):
+            raise ValueError(
+                f"{path}: the scheduler has values 'auto'; write them out, or leave the scheduler "
+                "out: then the stage's own is used"
+            )
+        config = _filled(given, config, _optimizer(run, stage))
         for key in ("gradient_clipping", "bf16", "fp16"):
             if key not in given and config.get(key):
                 log.info("%s is silent about %s: %s", path, key, config[key])
@@ -118,7 +123,23 @@ def _read(path: Path) -> dict[str, Any]:
     return given
 
 
-def _filled(given: dict[str, Any], generated: dict[str, Any]) -> dict[str, Any]:
+def _optimizer(run: Run, stage: Stage) -> dict[str, Any]:
+    """What "auto" stands for in a ds_config's optimizer."""
+    options = run.optimizer
+    return {
+        "type": "AdamW",
+        "params": {
+            "lr": stage.learning_rate,
+            "betas": list(options.betas),
+            "eps": options.eps,
+            "weight_decay": options.weight_decay,
+        },
+    }
+
+
+def _filled(
+    given: dict[str, Any], generated: dict[str, Any], optimizer: dict[str, Any]
+) -> dict[str, Any]:
     """The user's values; "auto" and what the file does not mention from the run's options."""
     silent = {key: value for key, value in generated.items() if key not in given}
     halves = [given[key].get("enabled", "auto") for key in ("fp16", "bf16") if key in given]
@@ -128,7 +149,8 @@ def _filled(given: dict[str, Any], generated: dict[str, Any]) -> dict[str, Any]:
     for key in ("fp16", "bf16"):
         if key in given and key in generated and given[key].get("enabled") in ("auto", True):
             given[key] = generated[key] | given[key]
-    filled = silent | {key: _without_auto(given[key], generated.get(key)) for key in given}
+    own = generated | {"optimizer": optimizer}
+    filled = silent | {key: _without_auto(given[key], own.get(key)) for key in given}
     return {key: value for key, value in filled.items() if value is not None}
 
 

@@ -22,7 +22,12 @@ from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
 from unival.tasks.base import Example
 from unival.training.batches import Batch, stage_media
-from unival.training.deepspeed_config import BUCKET, deepspeed_config, precision_of
+from unival.training.deepspeed_config import (
+    BUCKET,
+    deepspeed_config,
+    precision_of,
+    zero_stage_of,
+)
 from unival.training.ema import Average
 from unival.training.freezing import freeze
 from unival.training.losses import Criterion
@@ -155,7 +160,7 @@ class Engine:
         self.run, self.stage, self.model, self.world = run, stage, model, world
         config = deepspeed_config(run, stage)
         self.precision = precision_of(config)
-        self._prepare(model)
+        self._prepare(model, zero_stage_of(config))
         self.criterion = Criterion(
             label_smoothing=stage.label_smoothing,
             log_end=stage.log_end,
@@ -173,7 +178,7 @@ class Engine:
             }
         # At stage 0 DeepSpeed clips, but neither tells the norm nor looks whether it is finite.
         self.clip_norm = float(config.get("gradient_clipping", 0.0))
-        if int(config["zero_optimization"]["stage"]) == 0:
+        if zero_stage_of(config) == 0:
             config["gradient_clipping"] = 0.0
         self.deepspeed, self.optimizer, _, self.scheduler = deepspeed.initialize(
             model=TrainingModel(model, self.criterion),
@@ -199,7 +204,7 @@ class Engine:
             self.average = Average(stage.ema_decay, self.pieces, self.buffers)
         self.clock = PartClock(self.device)
 
-    def _prepare(self, model: UnivalForConditionalGeneration) -> None:
+    def _prepare(self, model: UnivalForConditionalGeneration, zero_stage: int) -> None:
         run, stage = self.run, self.stage
         set_batchnorm_statistics(model, run.batchnorm)  # type: ignore[arg-type]
         counts = freeze(model, stage.freeze, [micro.medium for micro in stage.micro_batches])
@@ -208,7 +213,7 @@ class Engine:
         for stack in (model.encoder, model.decoder):
             stack.gradient_checkpointing = run.recompute
         if run.compile != "off":
-            if run.deepspeed.zero_stage == 3:
+            if zero_stage == 3:
                 raise ValueError(
                     f"compile={run.compile} with ZeRO stage 3: the hooks that gather weights break "
                     "compiled graphs apart; take deepspeed.zero_stage of 2 or less"
