@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from ranks import Ranks, free_port, on_ranks
+from safetensors.torch import load_file
 
 from unival.data.samples import make_samples
 from unival.train import main
@@ -189,6 +190,34 @@ def test_bf16_follows_float32(whole, data, tmp_path):
         assert half[step]["loss"] == pytest.approx(exact[step]["loss"], rel=0.05), step
         assert math.isfinite(half[step]["grad_norm"])
     assert "not finite" not in told
+
+
+def test_checkpoints_are_measured_on_the_way_and_the_best_is_kept(data, tmp_path):
+    """What is measured is the average of the weights; the last checkpoint and the best remain."""
+    stage = {"ema_decay": 0.5, "evaluate": ["vqa"], "evaluate_every": 2, "best": "vqa/accuracy"}
+    config = write_config(tmp_path, data, rows=4, keep=1, evaluate_batch=64)
+    content = yaml.safe_load(config.read_text())
+    content["stages"] = [content["stages"][0] | stage | {"steps": 5}]
+    rows = (data / "vision_language_qa.tsv").read_bytes().splitlines(keepends=True)[:8]
+    (tmp_path / "few.tsv").write_bytes(b"".join(rows))
+    content["sources"] = {"qa": {"path": str(tmp_path / "few.tsv")}}
+    config.write_text(yaml.safe_dump(content))
+    trained(tmp_path, 2, config)
+    checkpoints = tmp_path / "run/stages/one/checkpoints"
+    kept = {path.name for path in checkpoints.glob("step-*")}
+    scores = {}
+    for name in kept:
+        found = checkpoints / name / "evaluation/evaluation.json"
+        if found.is_file():
+            scores[name] = json.loads(found.read_text())["metrics"]["vqa"]["accuracy"]
+    assert "step-000005" in kept  # the last; a measured one beside it is the best
+    assert len(kept) == 2 == len(scores) + 1
+    after = json.loads((tmp_path / "run/evaluation_after/evaluation.json").read_text())
+    assert set(after["metrics"]) == {"vqa"}
+    model, mean = (tmp_path / "run/stages/one" / n for n in ("model", "model_ema"))
+    plain, averaged = (load_file(folder / "model.safetensors") for folder in (model, mean))
+    assert plain.keys() == averaged.keys()
+    assert not plain["encoder.image_proj.weight"].equal(averaged["encoder.image_proj.weight"])
 
 
 @pytest.mark.gpu
