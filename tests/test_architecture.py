@@ -16,7 +16,13 @@ SOURCES = {
     for folder in FOLDERS
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-FROM_TRAINING = ("unival/training/", "unival/cli.py", "unival/train.py", "unival/demo.py")
+FROM_TRAINING = (
+    "unival/training/",
+    "unival/cli.py",
+    "unival/train.py",
+    "unival/launch.py",
+    "unival/demo.py",
+)
 
 
 def module_name(path: str) -> str:

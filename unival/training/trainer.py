@@ -366,7 +366,8 @@ class StageRun:
                 policy,
                 path,
             )
-        self.world.barrier()  # every rank's report is there before one ends the run
+        self.saver.wait()  # no checkpoint in flight is lost,
+        self.world.barrier()  # and every rank's report is there before one ends the run
         limit = self.run.nonfinite_limit
         many = self.refused_in_row > limit if policy == "skip" else self.rollbacks >= limit
         if policy == "halt" or many:
