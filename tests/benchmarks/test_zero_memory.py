@@ -39,6 +39,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_live_tensors_follow_the_formula(tmp_path: Path) -> None:
     grid = ["--ranks", "2", "--precision", "fp32"]
     done = run(*grid, "--set", *SMALL, "--out", str(tmp_path / "found"))

@@ -115,10 +115,10 @@ MEDIA = {
     ("medium", "statistics", "recompute"),
     [
         ("image", "local", False),
-        ("image", "folded", True),
+        pytest.param("image", "folded", True, marks=pytest.mark.slow),
         ("video", "folded", False),
-        ("audio", "local", False),
-        ("text", "local", True),
+        pytest.param("audio", "local", False, marks=pytest.mark.slow),
+        pytest.param("text", "local", True, marks=pytest.mark.slow),
     ],
 )
 def test_the_parts_are_captured_whole_and_compute_the_same(

@@ -49,7 +49,7 @@ def test_every_stage_trains_as_plain_pytorch_does(tmp_path, reference, stage, wo
     assert_same_training(found, reference)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_a_step_in_passes_is_the_step_at_once(tmp_path, reference, stage):
     """Two ranks of two passes each, whose rows have targets of other lengths: a mean of the passes'
     means would be another loss."""
@@ -79,7 +79,9 @@ def test_ranks_with_different_media_neither_hang_nor_differ(tmp_path, mixed, sta
     assert_same_training(found, expected)
 
 
-@pytest.mark.parametrize(("stage", "world"), [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "world"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow), (3, 2)]
+)
 def test_bf16_follows_float32(tmp_path, reference, stage, world):
     run = cases.stage_zero(cases.small_run(tmp_path, precision="bf16"), stage)
     found = on_ranks(tmp_path, world, cases.train_steps, run, STEPS)
@@ -96,7 +98,9 @@ def test_bf16_follows_float32(tmp_path, reference, stage, world):
             assert not values.equal(values.bfloat16().float()), name
 
 
-@pytest.mark.parametrize(("stage", "world"), [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "world"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2), (3, 2)]
+)
 def test_an_offloaded_optimizer_computes_the_same(tmp_path, reference, stage, world):
     run = cases.small_run(tmp_path)
     run = replace(run, deepspeed=DeepSpeedOptions(zero_stage=stage, offload_optimizer=True))
@@ -104,12 +108,15 @@ def test_an_offloaded_optimizer_computes_the_same(tmp_path, reference, stage, wo
     assert_same_training(found, reference)
 
 
+@pytest.mark.slow
 def test_recomputation_computes_the_same(tmp_path, reference):
     run = cases.stage_zero(cases.small_run(tmp_path, recompute=True), 3)
     assert_same_training(on_ranks(tmp_path, 2, cases.train_steps, run, STEPS), reference)
 
 
-@pytest.mark.parametrize(("stage", "world"), [(0, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "world"), [(0, 1), pytest.param(2, 2, marks=pytest.mark.slow), (3, 2)]
+)
 def test_the_average_is_that_of_the_weights_after_every_step(tmp_path, stage, world):
     run = cases.stage_zero(cases.small_run(tmp_path, {"ema_decay": 0.7}), stage)
     found = on_ranks(tmp_path, world, cases.train_and_record, run, 2)
@@ -124,7 +131,7 @@ def test_the_average_is_that_of_the_weights_after_every_step(tmp_path, stage, wo
     assert any(name.startswith("average/") for name in history[0])
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_is_frozen_stays_as_it_is_and_costs_no_state(tmp_path, stage):
     rules = {"freeze": ["all_but_connections"]}
     run = cases.stage_zero(cases.small_run(tmp_path, rules), stage)

@@ -114,9 +114,9 @@ def test_a_run_goes_on_after_a_request_to_stop_as_if_nothing_had_been(data, tmp_
     """SIGUSR1 to one rank of two: both finish the step, save, and end with the status of a run that
     can go on."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    config = write_config(whole, data, steps=30)
+    config = write_config(whole, data, steps=14)
     assert noted(whole, config).results() == [0, 0]
-    config = write_config(stopped, data, steps=30)
+    config = write_config(stopped, data, steps=14)
     ranks = noted(stopped, config)
     while not (stopped / "run/metrics.jsonl").is_file() or len(entries(stopped)) < 3:
         assert all(process.is_alive() for process in ranks.processes)
@@ -131,7 +131,7 @@ def test_a_run_goes_on_after_a_request_to_stop_as_if_nothing_had_been(data, tmp_
     assert noted(stopped, config).results() == [0, 0]
     assert_same_outcome(outcome(stopped), outcome(whole))
     steps = [entry["step"] for entry in entries(stopped)]
-    assert steps == list(range(1, 31))  # none twice: it went on from the step that it stopped at
+    assert steps == list(range(1, 15))  # none twice: it went on from the step that it stopped at
 
 
 @pytest.mark.parametrize(("fault", "module"), [("nan", fault_cases.WHERE), ("grad", "encoder")])
@@ -163,7 +163,13 @@ def test_a_value_that_is_not_finite_halts_all_ranks_and_is_reported(data, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")]
+    ("stage", "precision"),
+    [
+        (2, "fp32"),
+        (1, "bf16"),
+        pytest.param(0, "fp32", marks=pytest.mark.slow),
+        pytest.param(3, "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_a_skipped_step_changes_nothing(data, tmp_path, stage, precision):
     """Neither weights nor moments, their average, batch norm's statistics or any count of them."""
@@ -190,6 +196,7 @@ def test_a_skipped_step_changes_nothing(data, tmp_path, stage, precision):
         assert any(not later[name].equal(tensor) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_a_rollback_takes_the_weights_of_the_checkpoint_and_later_samples(data, tmp_path):
     config = write_config(tmp_path, data, nonfinite="rollback")
     work = (fault_cases.train_with_fault, "nan", 5, 0, arguments(config))
@@ -226,7 +233,7 @@ def launched(script: list[str], folder: Path) -> subprocess.CompletedProcess[str
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["raise", "die"])
+@pytest.mark.parametrize("kind", ["raise", pytest.param("die", marks=pytest.mark.slow)])
 def test_a_dead_rank_ends_the_job_with_its_traceback_first(data, tmp_path, kind):
     config = write_config(tmp_path, data)
     began = time.monotonic()

@@ -136,6 +136,7 @@ def kill_at(config: Path, ranks: int, folder: Path, step: int) -> None:
     started.kill()
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_stage_two_resumes_at_the_right_sample(whole, data, tmp_path):
     config = write_config(tmp_path, data, rows=4)
     kill_at(config, 1, tmp_path, step=8)
@@ -149,6 +150,7 @@ def unival(*arguments: object) -> subprocess.CompletedProcess[str]:
     return run([sys.executable, "-m", "unival.cli", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_is_resumed_by_its_folder_on_one(whole, data, tmp_path):
     kill_at(write_config(tmp_path, data, rows=4), 2, tmp_path, step=8)
     done = unival("resume", tmp_path / "run", "--num-gpus", 1)
@@ -183,6 +185,7 @@ def test_a_run_of_two_ranks_is_resumed_on_as_many_and_on_four(whole, data, tmp_p
             assert resumed[step]["loss"] == pytest.approx(one[step]["loss"], rel=2e-4), step
 
 
+@pytest.mark.slow
 def test_bf16_follows_float32(whole, data, tmp_path):
     told = trained(tmp_path, 1, write_config(tmp_path, data, rows=4), "precision=bf16")
     exact, half = curve(whole), curve(tmp_path)
@@ -192,6 +195,7 @@ def test_bf16_follows_float32(whole, data, tmp_path):
     assert "not finite" not in told
 
 
+@pytest.mark.slow
 def test_checkpoints_are_measured_on_the_way_and_the_best_is_kept(data, tmp_path):
     """What is measured is the average of the weights; the last checkpoint and the best remain."""
     stage = {"ema_decay": 0.5, "evaluate": ["vqa"], "evaluate_every": 2, "best": "vqa/accuracy"}
