@@ -125,6 +125,11 @@ def _check_micro_batch(
     for mix in micro.mixture:
         if mix.source not in run.sources:
             raise ValueError(f"{where} uses source {mix.source!r}, which `sources` lacks")
+        if mix.rows < 0 or mix.every < 1:
+            raise ValueError(
+                f"{where}: source {mix.source!r} has rows={mix.rows} and every={mix.every}; wanted "
+                "at least 0 and 1"
+            )
     if micro.rows is None:
         counts = [mix.rows for mix in micro.mixture]
         if not any(mix.every == 1 and mix.rows > 0 for mix in micro.mixture):
@@ -133,6 +138,8 @@ def _check_micro_batch(
                 "(every: 1, rows of at least 1), or rows of its own"
             )
     else:
+        if micro.rows < 1 or not micro.mixture:
+            raise ValueError(f"{where}: a micro-batch with rows of its own wants one and a mixture")
         counts = [micro.rows]
         _known(f"{where}: balance", micro.balance, BALANCES)
         names = [mix.source for other in stage.micro_batches for mix in other.mixture]

@@ -33,7 +33,7 @@ def deepspeed_config(run: Run, stage: Stage) -> dict[str, Any]:
 
     Raises:
         ValueError: the JSON cannot be read, or the combination is one of those under which
-            DeepSpeed trains wrongly (toolchain notes in the README).
+            DeepSpeed trains wrongly (README, ZeRO and precision).
     """
     config = _generated(run, stage)
     if run.deepspeed.config is not None:
