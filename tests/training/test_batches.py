@@ -9,7 +9,6 @@ import torch
 
 from unival.data.media import Loaded, MediaOptions
 from unival.data.sampler import LoaderState
-from unival.data.samples import make_samples
 from unival.data_gpu.quarantine import TooManyBadSamples
 from unival.training.batches import BatchMaker
 from unival.training.options import MicroBatch, Mixture, Run, Source, Stage
@@ -18,13 +17,6 @@ from unival.vocabulary import Vocabulary
 ROOT = Path(__file__).parents[2]
 MEDIA = MediaOptions(image_size=32, video_size=32, video_frames=2, audio_samples=3200)
 WORDS = Vocabulary()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    make_samples(ROOT / "samples", folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

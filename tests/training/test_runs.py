@@ -19,17 +19,9 @@ import yaml
 from ranks import Ranks, free_port, on_ranks
 from safetensors.torch import load_file
 
-from unival.data.samples import make_samples
 from unival.train import main
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_samples(ROOT / "samples", folder)
-    return folder
 
 
 def write_config(folder: Path, data: Path, rows: int, **fields: object) -> Path:
