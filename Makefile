@@ -1,6 +1,6 @@
 # make install    an environment in $(VENV) with the tested versions and this checkout
 # make demo       train and evaluate a tiny model on the samples in this repository
-# make test       the fast tests
+# make test       the fast tests, in JOBS processes
 # make test-all   every test, the slow ones included
 # make lint       ruff and mypy
 
@@ -8,6 +8,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
+# Many tests start two to four processes of their own.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PYTEST = PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 .PHONY: help install demo test test-all lint
 
@@ -26,10 +29,10 @@ demo: install
 	PATH="$(BIN):$$PATH" $(BIN)/unival demo
 
 test: install
-	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: install
-	PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q -m ""
+	$(PYTEST) -m ""
 
 lint: install
 	$(BIN)/python -m ruff check .

@@ -48,9 +48,17 @@ setup(
     ],
     extras_require={
         "eval": ["pycocoevalcap>=1.2"],
+        "peft": ["peft>=0.21"],
         "video": ["torchcodec>=0.8"],
         "demo": ["pycocoevalcap>=1.2", "matplotlib>=3.9"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pycocoevalcap>=1.2", "matplotlib>=3.9"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "pycocoevalcap>=1.2",
+            "matplotlib>=3.9",
+            "peft>=0.21",
+        ],
     },
     entry_points={"console_scripts": ["unival=unival.cli:main"]},
 )

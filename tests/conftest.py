@@ -13,6 +13,11 @@ import torch
 if not torch.cuda.is_available():
     # Before anything imports triton: without a GPU its kernels are interpreted on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes share the cores; this one's children inherit its part.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, share))
+    torch.set_num_threads(max(1, share))
 
 from unival.data.records import MEDIUM_OF_KIND, Origin, Record
 from unival.vocabulary import Vocabulary

@@ -88,7 +88,7 @@ def init_distributed() -> World:
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29511",
+        "MASTER_PORT": "0",  # any that is free
     }.items():
         os.environ.setdefault(name, value)
     import deepspeed
