@@ -54,7 +54,8 @@ class Record:
 
     `kind` is one of MEDIUM_OF_KIND (the `type` column of the pretraining tables). `box` is
     (x0, y0, x1, y1) in pixels of the original picture. `captions` holds the caption, the referring
-    expression (grounding) or the hypothesis (visual entailment).
+    expression (grounding) or the hypothesis (visual entailment). `unanswered` says that the
+    publisher keeps the answers of this question to himself.
     """
 
     id: str
@@ -69,6 +70,7 @@ class Record:
     dataset: str = ""
     label: str = ""
     codes: tuple[int, ...] = ()
+    unanswered: bool = False
 
     @property
     def medium(self) -> str:

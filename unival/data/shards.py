@@ -276,8 +276,8 @@ class TarShards:
     """Records of uncompressed tars, found by an index or their headers, read by seeking.
 
     A sample is a run of members with one key: `<key>.json` with the fields `kind`, `captions`,
-    `question`, `answers` ([[confidence, text], ...]), `box`, `objects`, `dataset`, `label`, `codes`
-    and `id` (the key by default), and one media member. Members with other suffixes are passed by.
+    `question`, `answers` ([[confidence, text], ...]), `box`, `objects`, `dataset`, `label`, `codes`,
+    `unanswered` (true: answers are not public) and `id` (the key by default), and one media member. Members with other suffixes are passed by.
     54 bytes a sample and the keys are held in memory. Nothing is unpacked to disk, so the names in
     a tar are never paths.
 
@@ -407,6 +407,7 @@ def make_record(values: dict, origin: Origin) -> Record:
         dataset=_text(values, "dataset", origin),
         label=_text(values, "label", origin),
         codes=_codes(values, origin),
+        unanswered=values.get("unanswered") is True,
     )
     if record.label:
         fields.check_label(record.label, origin)

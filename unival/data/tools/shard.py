@@ -171,7 +171,8 @@ class Sample(NamedTuple):
 def make_sample(row: int, record: Record) -> Sample:
     """Raises RecordError where the medium cannot be read or has no known format."""
     values: dict[str, Any] = {"id": record.id, "kind": record.kind}
-    for name in ("captions", "question", "box", "objects", "dataset", "label", "codes"):
+    optional = "captions question box objects dataset label codes unanswered"
+    for name in optional.split():
         if getattr(record, name):
             values[name] = getattr(record, name)
     if record.answers:

@@ -1,0 +1,308 @@
+"""From the files that a data set's publisher distributes to shards: what all data sets share."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from unival.data import pickles
+from unival.data.files import resolve_media
+from unival.data.records import Origin, Record, RecordError
+from unival.data.shards import make_record
+from unival.data.tools.running import stamp, write_json
+from unival.data.tools.shard import Made, Table, write_shards
+
+SUMMARY = "prepared.json"
+NAMED = 5  # bad rows that are printed
+
+
+class Source:
+    """The folder with a publisher's files, and the folder with the media.
+
+    `opened` collects the files read: shards are made anew only when one of them has changed.
+
+    Args:
+        folder: of annotations.
+        media: of pictures, films and sounds; `folder` where it is None.
+        options: what a data set's command was given beside the folders.
+    """
+
+    def __init__(
+        self, folder: Path, media: Path | None = None, options: Mapping[str, str] | None = None
+    ) -> None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+        self.folder = folder
+        self.media = (media or folder).resolve()
+        self.options = dict(options or {})
+        self.opened: list[Path] = []
+
+    def find(self, *names: str) -> Path:
+        """The first of some names (globs allowed) that exists in the folder.
+
+        Raises:
+            FileNotFoundError: none does; the message lists all.
+        """
+        found = self.look(*names)
+        if found is None:
+            raise FileNotFoundError(f"{self.folder}: needs {' or '.join(names)}")
+        return found
+
+    def look(self, *names: str) -> Path | None:
+        """Like `find`, but None where there is none."""
+        for name in names:
+            for path in sorted(self.folder.glob(name)):
+                if path.is_file():
+                    self.opened.append(path)
+                    return path
+        return None
+
+    def json(self, *names: str) -> tuple[Path, Any]:
+        """The content of a JSON file."""
+        path = self.find(*names)
+        try:
+            return path, json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+
+    def json_lines(self, *names: str) -> Iterator[tuple[Origin, dict]]:
+        """The objects of a file with one JSON object a line. Blank lines are passed over.
+
+        Raises:
+            RecordError: a line is none; it names the line.
+        """
+        path = self.find(*names)
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines):
+                if not line.strip():
+                    continue
+                origin = Origin(str(path), number)
+                try:
+                    value = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise RecordError(origin, "line", f"not JSON: {error}") from error
+                if not isinstance(value, dict):
+                    raise RecordError(origin, "line", f"{type(value).__name__}, not an object")
+                yield origin, value
+
+    def table(
+        self, *names: str, columns: Sequence[str], delimiter: str = ",", header: bool = True
+    ) -> Iterator[tuple[Origin, dict[str, str]]]:
+        """The rows of a CSV or TSV file as dictionaries.
+
+        Args:
+            columns: with a header, those that must be there; without, the names of all in order.
+
+        Raises:
+            ValueError: a column is missing in the header.
+            RecordError: a row has not as many columns as the header.
+        """
+        path = self.find(*names)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            # Without a header there is no quoting: a caption may begin with a quotation mark.
+            quoting = csv.QUOTE_MINIMAL if header else csv.QUOTE_NONE
+            rows = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            found = next(rows, []) if header else list(columns)
+            missing = [name for name in columns if name not in found]
+            if missing:
+                raise ValueError(f"{path}: no column {missing[0]!r}; there are {', '.join(found)}")
+            for number, row in enumerate(rows):
+                origin = Origin(str(path), number)
+                if len(row) != len(found):
+                    problem = f"{len(row)} columns; {len(found)} are needed"
+                    raise RecordError(origin, "row", problem)
+                yield origin, dict(zip(found, row, strict=True))
+
+    def pickle(self, *names: str) -> tuple[Path, Any]:
+        """What a pickle of plain data holds; see `pickles.load_plain`."""
+        path = self.find(*names)
+        return path, pickles.load_plain(path)
+
+    def lines(self, *names: str) -> list[str]:
+        """The lines of a text that are not blank."""
+        text = self.find(*names).read_text(encoding="utf-8-sig")
+        return [line for line in text.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row as its publisher's file says it, checked when it is read from `Entries`.
+
+    values  the fields of a shard's sample (see TarShards): id, kind, captions, question, answers,
+            box, label, codes, unanswered
+    media   path of the medium from the media folder; "" where the kind has none
+    """
+
+    values: dict[str, Any]
+    media: str
+    origin: Origin
+
+
+@dataclass
+class Entries:
+    """A table of entries; a row that cannot be used raises RecordError when it is read."""
+
+    media: Path
+    rows: list[Entry | RecordError] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self.rows[index]
+        if isinstance(row, RecordError):
+            raise row
+        record = make_record(row.values, row.origin)
+        if not row.media:
+            return record
+        path = resolve_media(row.media, self.media, False, row.origin, "media")
+        return replace(record, media=path)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a data set's reader makes.
+
+    splits   train, val, test (and others that a data set has) -> rows
+    answers  candidate answers, best first; empty where answers are free
+    notes    what was decided on the way, such as a validation part held out of training
+    """
+
+    splits: dict[str, Table]
+    answers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that `unival data prepare` knows.
+
+    title    as people call it
+    needs    files of the publisher, a line each, for the help
+    read     makes the rows
+    options  names that `--option NAME=VALUE` may set, with what they mean
+    """
+
+    title: str
+    needs: tuple[str, ...]
+    read: Callable[[Source], Prepared]
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+def field_of(entry: Any, name: str, kind: type | tuple[type, ...], origin: Origin) -> Any:
+    """A field of a JSON object that must be there and of a type; else RecordError."""
+    if not isinstance(entry, dict) or name not in entry:
+        raise RecordError(origin, name, "missing")
+    value = entry[name]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise RecordError(origin, name, f"{value!r:.40} is a {type(value).__name__}")
+    return value
+
+
+def held_out(ids: Sequence[str], share: float = 0.05) -> set[str]:
+    """Ids that are kept out of training where a data set has no validation part: those of the
+    smallest hashes, so that the choice hangs on nothing but the ids."""
+    ordered = sorted(set(ids), key=lambda text: hashlib.sha256(text.encode()).digest())
+    return set(ordered[: max(1, round(share * len(ordered)))]) if ordered else set()
+
+
+def most_frequent(answers: Mapping[str, int] | Counter, count: int) -> tuple[str, ...]:
+    """The `count` most frequent answers, those of equal frequency in order of the alphabet."""
+    return tuple(sorted(answers, key=lambda text: (-answers[text], text))[:count])
+
+
+def prepare(name: str, dataset: DataSet, source: Source, out: Path) -> int:
+    """Write a data set's splits as shards `NAME_SPLIT-000000.tar`, its answers and a summary.
+
+    Bad rows (a medium that is missing, a field that is wrong) are left out, listed in
+    `NAME_SPLIT.bad.jsonl` and counted. Training rows are written in a random order, the same each
+    time: readers of one shard then see the whole data set.
+
+    Returns:
+        The number of bad rows.
+
+    Raises:
+        ValueError: an option that the data set does not know, or a split without one good row.
+    """
+    for option in source.options:
+        if option not in dataset.options:
+            known = ", ".join(dataset.options) or "none"
+            raise ValueError(f"{name} has no option {option!r}; known: {known}")
+    prepared = dataset.read(source)
+    inputs = [[str(path), stamp(path)] for path in dict.fromkeys(source.opened)]
+    settings = {"dataset": name, "inputs": inputs, "options": source.options}
+    settings["media"] = str(source.media)
+    summary: dict[str, Any] = {"dataset": dataset.title, "splits": {}, "notes": prepared.notes}
+    for split, table in prepared.splits.items():
+        rows: Table = Shuffled(table) if split == "train" else table
+        made = write_shards([rows], out, f"{name}_{split}", settings | {"split": split})
+        summary["splits"][split] = _count(made, out, f"{name}_{split}", len(table))
+        if not made.samples:
+            reasons = summary["splits"][split]["bad"]
+            raise ValueError(f"{name} {split}: none of {len(table)} rows can be used: {reasons}")
+    if prepared.answers:
+        text = "".join(f"{answer}\n" for answer in prepared.answers)
+        (out / f"{name}.answers.txt").write_text(text, encoding="utf-8")
+        summary["answers"] = len(prepared.answers)
+    write_json(out / f"{name}.{SUMMARY}", summary)
+    return _print(name, summary, out)
+
+
+class Shuffled:
+    """A table in a random order that hangs on its length alone."""
+
+    def __init__(self, table: Table, seed: int = 7) -> None:
+        self._table = table
+        self._order = list(range(len(table)))
+        random.Random(seed).shuffle(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._table[self._order[index]]
+
+
+def _count(made: Made, out: Path, name: str, rows: int) -> dict[str, Any]:
+    reasons: Counter[str] = Counter()
+    examples: list[str] = []
+    with open(out / f"{name}.bad.jsonl", encoding="utf-8") as lines:
+        for line in lines:
+            bad = json.loads(line)
+            reasons[bad["field"]] += 1
+            if len(examples) < NAMED:
+                examples.append(f"{bad['file']}, row {bad['row']}: {bad['field']}: {bad['reason']}")
+    return {
+        "rows": rows,
+        "samples": made.samples,
+        "shards": made.shards,
+        "bad": dict(reasons),
+        "examples": examples,
+    }
+
+
+def _print(name: str, summary: dict[str, Any], out: Path) -> int:
+    bad = 0
+    text = io.StringIO()
+    for split, counts in summary["splits"].items():
+        left_out = sum(counts["bad"].values())
+        bad += left_out
+        print(f"{split}: {counts['samples']} of {counts['rows']} rows", file=text)
+        if left_out:
+            by_field = ", ".join(f"{count} for {part}" for part, count in counts["bad"].items())
+            print(f"  {left_out} left out ({by_field}): {name}_{split}.bad.jsonl", file=text)
+            for example in counts["examples"]:
+                print(f"    {example}", file=text)
+    for note in summary["notes"]:
+        print(f"note: {note}", file=text)
+    print(f"{out / name}_*.tar", file=text)
+    print(text.getvalue(), end="")
+    return bad
