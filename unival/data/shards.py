@@ -276,8 +276,9 @@ class TarShards:
     """Records of uncompressed tars, found by an index or their headers, read by seeking.
 
     A sample is a run of members with one key: `<key>.json` with the fields `kind`, `captions`,
-    `question`, `answers` ([[confidence, text], ...]), `box`, `objects`, `dataset`, `label`, `codes`,
-    `unanswered` (true: answers are not public) and `id` (the key by default), and one media member. Members with other suffixes are passed by.
+    `question`, `answers` ([[confidence, text], ...]), `box`, `objects`, `dataset`, `label`,
+    `codes`, `unanswered` (true: the answers are not public) and `id` (the key by default), and one
+    media member. Members with other suffixes are passed by.
     54 bytes a sample and the keys are held in memory. Nothing is unpacked to disk, so the names in
     a tar are never paths.
 

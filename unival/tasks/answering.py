@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from unival.data.records import Record
+from unival.data.records import Answer, Record, RecordError
 from unival.tasks.base import Box, Decoding, Example, TaskContext, assemble, require
 from unival.text import SOURCE_WORDS, pre_question, question_mark
 from unival.vocabulary import Vocabulary
@@ -41,11 +41,24 @@ class Answering:
         context: TaskContext,
         box: Box | None = None,
     ) -> Example:
-        require(record, "answers")
-        best = record.best_answer
+        best = self._best_answer(record, context)
         source = self.prompt(record, vocabulary, fine_tuning=context.fine_tuning)
         answer = vocabulary.encode_text(f" {best.text}")
         return assemble(source, answer, best.confidence, prompted=context.fine_tuning)
+
+    def _best_answer(self, record: Record, context: TaskContext) -> Answer:
+        """The allowed answer with the highest confidence; RecordError where none is allowed."""
+        allowed = context.allowed_answers
+        answers = require(record, "answers")
+        if allowed is not None:
+            answers = [answer for answer in answers if answer.text in allowed]
+        if not answers:
+            raise RecordError(
+                record.origin,
+                "answers",
+                f"{record.best_answer.text!r} is outside the list of {len(allowed or ())} answers",
+            )
+        return max(answers, key=lambda answer: answer.confidence)
 
     def prompt(
         self,

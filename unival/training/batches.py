@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -26,11 +27,14 @@ from unival.data.shards import TarShards
 from unival.data.sources import open_table
 from unival.data.tsv import TsvTable
 from unival.data_gpu.quarantine import Quarantine
+from unival.generation.constraints import Trie
+from unival.generation.generate import answer_list
 from unival.tasks import TASKS
 from unival.tasks.base import Box, Example, TaskContext
 from unival.training.options import MicroBatch, Mixture, Run, Stage
-from unival.vocabulary import Vocabulary
+from unival.vocabulary import BOS, IGNORE, Vocabulary
 
+FREE = -2  # where a target is not constrained; no state of a trie
 ATTEMPTS = 16  # substitutes tried for one bad sample
 Examples = list[tuple[str, Example]]  # of one row, with the names of their tasks
 
@@ -95,6 +99,27 @@ def read_answers(run: Run) -> list[str]:
     return Path(run.answers).read_text(encoding="utf-8").splitlines() if run.answers else []
 
 
+def answer_trie(run: Run, stage: Stage, vocabulary: Vocabulary) -> Trie | None:
+    """The answers that a stage's loss is over; None where it is over the whole vocabulary."""
+    if not stage.constrain_answers:
+        return None
+    task = TASKS[stage.micro_batches[0].mixture[0].tasks[0]]
+    choices = answer_list(task, read_answers(run), vocabulary)
+    if choices is None:
+        raise ValueError(f"stage {stage.name!r}: constrain_answers wants a file `answers`")
+    return choices.trie
+
+
+def answer_states(trie: Trie, examples: Sequence[tuple[Example, int]], labels: Tensor) -> Tensor:
+    """The state of the trie at each target, FREE where there is no loss: int64 like `labels`."""
+    states = torch.full_like(labels, FREE)
+    for row, (example, _) in zip(states, examples, strict=True):
+        silent = next(i for i, token in enumerate(example.target) if token != IGNORE)
+        path = trie.path([BOS, *example.decoder_input[silent + 1 :]])
+        row[silent : silent + len(path)] = torch.tensor(path)
+    return states
+
+
 @dataclass
 class Row:
     """One row of a micro-batch: a position in the stream of a source.
@@ -126,6 +151,8 @@ class BatchMaker:
 
     Args:
         quarantine: a file that lists the samples that cannot be used; None only counts them.
+        tables: of the sources, where they are open already.
+        trie: of `answer_trie`.
     """
 
     def __init__(
@@ -136,15 +163,22 @@ class BatchMaker:
         rank: int,
         world_size: int,
         quarantine: Path | None = None,
+        tables: Mapping[str, TsvTable | TarShards] | None = None,
+        trie: Trie | None = None,
     ) -> None:
+        self.trie = trie
         self.run, self.stage, self.vocabulary = run, stage, vocabulary
         self.rank, self.world_size = rank, world_size
         self.context = read_context(run.negatives, stage.fine_tuning)
+        if stage.constrain_answers and (answers := read_answers(run)):
+            self.context = replace(self.context, allowed_answers=frozenset(answers))
         self.quarantine = Quarantine(quarantine, run.loading.max_bad_share)
         used = {mix.source for micro in stage.micro_batches for mix in micro.mixture}
         for name in sorted(used - run.sources.keys()):
             raise ValueError(f"stage {stage.name!r} uses source {name!r}, which `sources` lacks")
-        self.tables = open_sources(replace(run, sources={n: run.sources[n] for n in used}))
+        if tables is None:
+            tables = open_sources(replace(run, sources={n: run.sources[n] for n in used}))
+        self.tables = {name: tables[name] for name in used}
         self.streams = {
             name: RecordStream(len(table), run.seed, f"{stage.name}/{name}")
             for name, table in self.tables.items()
@@ -228,6 +262,8 @@ class BatchMaker:
             tasks += [name for name, _ in usable.examples]
         media = [usable.medium for usable in filled]
         tensors = collate(examples, media, micro.medium, lengths=self.lengths)
+        if self.trie is not None:
+            tensors["answer_states"] = answer_states(self.trie, examples, tensors["labels"])
         samples = [usable.sample for usable in filled]
         return Batch(tensors, tasks, micro.weight, micro.medium, group, samples)
 

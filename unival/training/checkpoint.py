@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unival.data.sampler import LoaderState
+from unival.files import to_disk, write_json, write_text
 from unival.training.engine import Engine
 from unival.training.probe import probe_batches, probe_loss
 from unival.training.zero_state import (
@@ -63,28 +64,6 @@ class ResumeError(ValueError):
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written; the one before it is as it was."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a crash leaves the old file or the new one, never half of it."""
-    write_text(path, json.dumps(content, indent=2))
-
-
-def write_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _to_disk(temporary)
-    os.replace(temporary, path)
-    _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -289,7 +268,7 @@ class StageFolder:
                 shutil.rmtree(self.path / name, ignore_errors=True)
                 shutil.copytree(source / name, self.path / name)
                 for file in (self.path / name).iterdir():
-                    _to_disk(file)
+                    to_disk(file)
         write_json(self.path / "finished.json", {"model": "model", "checkpoint": source.name})
 
     def prune(self, keep: int, keep_best: int, best: str | None) -> None:
@@ -297,14 +276,21 @@ class StageFolder:
         steps = self.steps()
         kept = set(steps[-keep:])
         if best is not None:
-            scores = {step: self._score(step, best) for step in steps}
-            measured = [step for step in steps if scores[step] is not None]
-            # Of equal ones the earlier.
-            ranked = sorted(measured, key=lambda step: (-(scores[step] or 0.0), step))
-            kept |= set(ranked[:keep_best])
+            kept |= set(self._ranked(best)[:keep_best])
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.at(step), ignore_errors=True)
+
+    def best(self, best: str) -> Path | None:
+        """The checkpoint with the highest score among those that were measured."""
+        ranked = self._ranked(best)
+        return self.at(ranked[0]) if ranked else None
+
+    def _ranked(self, best: str) -> list[int]:
+        """Measured steps, the best first; of equal ones the earlier."""
+        scores = {step: self._score(step, best) for step in self.steps()}
+        measured = [(-score, step) for step, score in scores.items() if score is not None]
+        return [step for _, step in sorted(measured)]
 
     def _score(self, step: int, best: str) -> float | None:
         path = self.at(step) / "evaluation" / "evaluation.json"
@@ -414,7 +400,7 @@ class Saver:
         stem = beside / f"rank-{self.rank:05d}"
         path = stem.with_suffix(".safetensors")
         save_file(snapshot.pieces, path)
-        _to_disk(path)
+        to_disk(path)
         masters = {n: snapshot.pieces[f"master/{n}"].numel() for n in snapshot.starts}
         # The list comes last: where it is, the tensors are.
         write_json(
@@ -441,7 +427,7 @@ class Saver:
         state["files"] = {}
         for path in sorted(beside.rglob("*")):
             if path.is_file():
-                _to_disk(path)
+                to_disk(path)
                 name = path.relative_to(beside).as_posix()
                 told = beside / f"{path.stem}.json"
                 known = path.match("rank-*.safetensors")
@@ -469,12 +455,12 @@ class Saver:
         self.vocabulary.tokenizer.save_pretrained(folder)
 
     def _publish(self, beside: Path, step: int) -> None:
-        _to_disk(beside)
+        to_disk(beside)
         target = self.folder.at(step)
         if target.exists():  # a rollback comes by the same step again
             shutil.rmtree(target)
         os.rename(beside, target)
-        _to_disk(target.parent)
+        to_disk(target.parent)
         write_text(self.folder.checkpoints / "latest", target.name)
         self.folder.prune(self.keep, self.keep_best, self.engine.stage.best)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sized
+from dataclasses import replace
 from math import gcd
 from pathlib import Path
 
 from unival.convert.parts import PARTS
 from unival.data.records import MEDIUM_OF_KIND
-from unival.data.sources import open_table
+from unival.data.shards import TarShards
+from unival.data.tsv import TsvTable
 from unival.model.loading import load_model
 from unival.tasks import TASKS
-from unival.training.batches import stage_media
+from unival.training.batches import open_sources, stage_media
 from unival.training.freezing import RULES
-from unival.training.options import MicroBatch, Run, Stage
+from unival.training.options import MicroBatch, Run, Stage, decoding_of
 
 CHOICES = {
     "precision": ("fp32", "bf16", "fp16"),
@@ -20,6 +23,7 @@ CHOICES = {
     "compile": ("off", "default", "cuda_graphs"),
     "nonfinite": ("skip", "halt", "rollback"),
 }
+SPLITS = ("train", "val", "test")
 BALANCES = ("balanced", "proportional", "weights")
 
 
@@ -42,6 +46,8 @@ def check_run(run: Run, world_size: int) -> None:
             raise ValueError(f"{name}={getattr(run, name)}; wanted at least 1")
     if not run.stages:
         raise ValueError("stages is empty: there is nothing to train")
+    for name, source in run.sources.items():
+        _known(f"source {name!r}: split", source.split, SPLITS)
     names = [stage.name for stage in run.stages]
     for name in names:
         if names.count(name) > 1 or not name.replace("-", "_").isidentifier():
@@ -50,24 +56,42 @@ def check_run(run: Run, world_size: int) -> None:
         _check_stage(run, stage, world_size)
 
 
-def check_data(run: Run) -> None:
+def check_data(run: Run) -> dict[str, TsvTable | TarShards]:
     """Open what every stage will need, so that the last one does not fail after days.
+
+    Returns:
+        The tables of all sources.
 
     Raises:
         ValueError: a source that is not there or has no rows, or a model or file of weights that is
             not there; names it.
     """
-    used = {mix.source for s in run.stages for micro in s.micro_batches for mix in micro.mixture}
-    for name in sorted(used):
-        source = run.sources[name]
-        if len(open_table(source.path, source.layout, source.medium, source.media_root)) == 0:
-            raise ValueError(f"source {name!r}: {source.path} has no rows")
+    tables = open_sources(run)
+    for name, table in tables.items():
+        if len(table) == 0:
+            raise ValueError(f"source {name!r}: {run.sources[name].path} has no rows")
     for stage in run.stages:
         for part, path in stage.weights.items():
             if not Path(path).exists():
                 raise ValueError(f"stage {stage.name!r}: weights.{part}: no file {path}")
         if stage.init_from is not None and not _made_by_this_run(run, stage.init_from):
             load_model(stage.init_from)
+    return tables
+
+
+def with_steps(run: Run, tables: Mapping[str, Sized]) -> Run:
+    """The run with each stage's `epochs` as `steps`: passes over the sources of its first
+    micro-batch, on average where they are several."""
+    stages = []
+    for stage in run.stages:
+        if stage.epochs is not None:
+            micro = stage.micro_batches[0]
+            records = sum(len(tables[mix.source]) for mix in micro.mixture)
+            rows = micro.rows or sum(mix.rows / mix.every for mix in micro.mixture)
+            steps = max(1, round(stage.epochs * records / rows))
+            stage = replace(stage, steps=steps, epochs=None)
+        stages.append(stage)
+    return replace(run, stages=stages)
 
 
 def _made_by_this_run(run: Run, path: str) -> bool:
@@ -81,8 +105,12 @@ def _known(what: str, value: str, known: tuple[str, ...]) -> None:
 
 def _check_stage(run: Run, stage: Stage, world_size: int) -> None:
     where = f"stage {stage.name!r}"
-    if stage.steps < 1 or stage.accumulate < 1:
-        raise ValueError(f"{where}: steps and accumulate are at least 1")
+    if (stage.steps < 1) == (stage.epochs is None or stage.epochs <= 0) or stage.accumulate < 1:
+        raise ValueError(
+            f"{where}: wanted steps of at least 1 or epochs above 0, not both, and accumulate of "
+            f"at least 1; got steps={stage.steps}, epochs={stage.epochs}, "
+            f"accumulate={stage.accumulate}"
+        )
     if stage.ema_decay is not None and not 0 < stage.ema_decay < 1:
         raise ValueError(f"{where}: ema_decay={stage.ema_decay}; wanted a number between 0 and 1")
     for part in stage.weights:
@@ -92,6 +120,18 @@ def _check_stage(run: Run, stage: Stage, world_size: int) -> None:
             f"{where}: weights.text are BART's, whose vocabulary is in BART's order: wanted "
             f"text_order=bart with dict_path, not {run.text_order!r}"
         )
+    if stage.constrain_answers:
+        mixtures = [mix for micro in stage.micro_batches for mix in micro.mixture]
+        asked = {task for mix in mixtures for task in mix.tasks or ["any"]}
+        constrained = [n for n in asked if n in TASKS and TASKS[n].decoding.constraint == "answers"]
+        if len(asked) != 1 or not constrained:
+            raise ValueError(
+                f"{where}: constrain_answers wants every mixture's `tasks` to name one task that "
+                f"answers from a list; they name {', '.join(sorted(asked))}"
+            )
+    for task in stage.decoding:
+        _known(f"{where}: decoding", task, tuple(TASKS))
+        decoding_of(stage, task)
     for rule in stage.freeze:
         _known(f"{where}: freeze", rule, tuple(RULES))
     stage_media(run, stage)
@@ -125,6 +165,9 @@ def _check_micro_batch(
     for mix in micro.mixture:
         if mix.source not in run.sources:
             raise ValueError(f"{where} uses source {mix.source!r}, which `sources` lacks")
+        if run.sources[mix.source].split != "train":
+            split = run.sources[mix.source].split
+            raise ValueError(f"{where} trains on source {mix.source!r}, whose split is {split!r}")
         if mix.rows < 0 or mix.every < 1:
             raise ValueError(
                 f"{where}: source {mix.source!r} has rows={mix.rows} and every={mix.every}; wanted "

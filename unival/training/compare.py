@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unival.data.tools.running import finished_file, write_json
 from unival.evaluation.report import read_steps
+from unival.files import finished_file, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,12 +16,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unival.data.batch import MEDIUM_KEYS, collate
+from unival.generation.constraints import Trie
 from unival.model.batchnorm import set_batchnorm_contribution, set_batchnorm_statistics
 from unival.model.compiling import compile_parts
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
 from unival.tasks.base import Example
-from unival.training.batches import Batch, stage_media
+from unival.training.batches import FREE, Batch, stage_media
 from unival.training.deepspeed_config import (
     BUCKET,
     deepspeed_config,
@@ -115,14 +116,20 @@ def learning_rate(stage: Stage, step: int) -> float:
 class TrainingModel(nn.Module):
     """The model and its loss in one forward pass: ZeRO 3 shows a module its weights only there."""
 
-    def __init__(self, model: UnivalForConditionalGeneration, criterion: Criterion) -> None:
+    def __init__(
+        self,
+        model: UnivalForConditionalGeneration,
+        criterion: Criterion,
+        trie: Trie | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.criterion = model, criterion
+        self.model, self.criterion, self.trie = model, criterion, trie
 
     def forward(self, batch: dict[str, Tensor], update: int) -> tuple[Tensor, Tensor]:
         """Summed loss of a micro-batch, and nll [B * U] of its tokens."""
         tensors = dict(batch)
         labels, weight = tensors.pop("labels"), tensors.pop("loss_weight")
+        allowed = self._allowed(tensors.pop("answer_states", None))
         embedding = self.model.get_input_embeddings().weight
         for name in ("pixel_values", "video_values"):
             if name in tensors:
@@ -133,10 +140,20 @@ class TrainingModel(nn.Module):
             self.model.get_input_embeddings().weight,
             labels,
             weight=weight,
+            allowed=allowed,
             update=update,
             backend=self.model.config.kernel_backend,
         )
         return result.loss, result.token_nll
+
+    def _allowed(self, states: Tensor | None) -> Tensor | None:
+        """int64 [B, U] states of the trie to bool [B, U, V]: the tokens that may come there."""
+        if states is None or self.trie is None:
+            return None
+        self.trie = self.trie.to(states.device)
+        mask = self.trie.allowed(states.flatten().clamp(min=Trie.OFF), self.model.config.vocab_size)
+        mask |= (states == FREE).flatten()[:, None]
+        return mask.view(*states.shape, -1)
 
 
 class Engine:
@@ -153,7 +170,12 @@ class Engine:
     """
 
     def __init__(
-        self, model: UnivalForConditionalGeneration, run: Run, stage: Stage, world: World
+        self,
+        model: UnivalForConditionalGeneration,
+        run: Run,
+        stage: Stage,
+        world: World,
+        trie: Trie | None = None,
     ) -> None:
         import deepspeed
 
@@ -181,7 +203,7 @@ class Engine:
         if zero_stage_of(config) == 0:
             config["gradient_clipping"] = 0.0
         self.deepspeed, self.optimizer, _, self.scheduler = deepspeed.initialize(
-            model=TrainingModel(model, self.criterion),
+            model=TrainingModel(model, self.criterion, trie),
             model_parameters=trained,
             optimizer=None if "optimizer" in config else self._adamw(trained),
             config=config,

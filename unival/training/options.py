@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from unival.data.media import Loading, MediaOptions
+from unival.tasks import TASKS
+from unival.tasks.base import Decoding
 
 
 @dataclass
 class Source:
-    """A table or shards of records; see unival.data.sources.open_table."""
+    """A table or shards of records; see unival.data.sources.open_table.
+
+    split  train: trained on; val: measured during the run, and what decides which checkpoint is the
+           best; test: measured by `unival evaluate --split test` alone
+    """
 
     path: str
+    split: str = "train"
     layout: str = "pretrain"
     medium: str = "image"
     media_root: str | None = None
@@ -55,26 +62,38 @@ class MicroBatch:
 class Stage:
     """One stage of the curriculum: its steps, what a step is made of, its schedule and loss.
 
+    steps           optimizer steps; or
+    epochs          passes over the first source of the first micro-batch, which give the steps
     accumulate      passes that a rank's rows of each micro-batch are split into
     schedule_steps  horizon of the linear decay; the stage may stop before it (released: 50 epochs)
     init_from       a saved model; absent: the stage before, or fresh weights in the first
     weights         public weight files by part (text, image, video, audio) that replace those
     freeze          what is not trained: names of unival.training.freezing.RULES
+    frozen_in_eval  frozen modules keep their statistics and have no dropout (released: they train
+                    on in both)
+    adapter         LoRA or a soft prompt, trained alone
     ema_decay       of an average of the weights (released: 0.9999), measured instead of them
     media           fields of the run's `media` that this stage has otherwise
     fine_tuning     prompts and targets of fine-tuning instead of pretraining
-    evaluate        tasks measured on the stage's model; before the run, on the first model
+    constrain_answers  the loss is over the answers of the list alone, as the search is
+    scst            self-critical training: the model's own outputs, weighted by their reward
+    evaluate        tasks measured on the stage's model; before the run, on the first model. On the
+                    sources of split val, or, where a run has none, on all of split train
+    decoding        by task, fields of unival.tasks.base.Decoding that its search has otherwise
     evaluate_every  steps between measurements during the stage; absent: at its end only
-    best            `task/metric` that decides which checkpoints are the best
+    best            `task/metric` whose highest decides which checkpoint is the stage's model;
+                    absent: the last
     """
 
     name: str
-    steps: int
-    micro_batches: list[MicroBatch]
+    steps: int = 0
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    epochs: float | None = None
     accumulate: int = 1
     init_from: str | None = None
     weights: dict[str, str] = field(default_factory=dict)
     freeze: list[str] = field(default_factory=list)
+    frozen_in_eval: bool = True
     ema_decay: float | None = None
     media: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-4
@@ -82,11 +101,13 @@ class Stage:
     schedule_steps: int | None = None
     clip_norm: float = 5.0
     fine_tuning: bool = False
+    constrain_answers: bool = False
     label_smoothing: float = 0.0
     log_end: float | None = None
     drop_worst_ratio: float = 0.0
     drop_worst_after: int = 0
     evaluate: list[str] = field(default_factory=list)
+    decoding: dict[str, dict[str, Any]] = field(default_factory=dict)
     evaluate_every: int | None = None
     best: str | None = None
 
@@ -170,3 +191,28 @@ class Run:
     log_every: int = 10
     tensorboard: bool = True
     wandb: str | None = None
+
+
+def decoding_of(stage: Stage, task: str) -> Decoding:
+    """How a task's answer is searched for in a stage.
+
+    Raises:
+        ValueError: `decoding` names a field that there is not, or a value that cannot be.
+    """
+    own = stage.decoding.get(task, {})
+    known = [entry.name for entry in fields(Decoding)]
+    for name in own:
+        if name not in known:
+            raise ValueError(
+                f"stage {stage.name!r}: unknown decoding.{task}.{name}; known: {', '.join(known)}"
+            )
+    try:
+        return replace(TASKS[task].decoding, **own)
+    except ValueError as error:
+        raise ValueError(f"stage {stage.name!r}: decoding.{task}: {error}") from error
+
+
+def measured_sources(run: Run) -> list[str]:
+    """What a run is measured on while it goes: its sources of split val, else those of train."""
+    val = [name for name, source in run.sources.items() if source.split == "val"]
+    return val or [name for name, source in run.sources.items() if source.split == "train"]

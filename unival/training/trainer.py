@@ -9,7 +9,8 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,38 +21,47 @@ import torch.distributed as dist
 from unival.config import load_config, save_config
 from unival.convert.parts import initialise
 from unival.data.sampler import LoaderState
-from unival.data.shards import expand
+from unival.data.shards import TarShards, expand
+from unival.data.tsv import TsvTable
 from unival.evaluation.runner import Evaluation, evaluate
+from unival.files import write_json
 from unival.model.configuration import UnivalConfig
 from unival.model.loading import load_model, with_config
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.training import throughput
-from unival.training.batches import Batch, BatchMaker, open_sources, read_answers, stage_media
+from unival.training.batches import (
+    Batch,
+    BatchMaker,
+    answer_trie,
+    read_answers,
+    stage_media,
+)
 from unival.training.checkpoint import (
     ResumeError,
     SaveError,
     Saver,
     StageFolder,
     restore,
-    write_json,
 )
-from unival.training.checks import check_data, check_run
+from unival.training.checks import check_data, check_run, with_steps
 from unival.training.engine import Engine, StepResult, World, init_distributed
 from unival.training.faults import NonFiniteError, Preempted, diagnose, on_request
 from unival.training.logs import RunLog, memory_gib
-from unival.training.options import Run, Stage
+from unival.training.options import Run, Stage, decoding_of, measured_sources
 from unival.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-# What a run that goes on must have in common with the one that began.
 # Fields of a model's config for each media encoder; the first is None where it has none.
 ENCODERS = (
     ("image_layers", "image_channels"),
     ("video_layers", "video_channels", "video_cardinality"),
     ("audio_channels", "mel_bins", "hop_size", "audio_sample_rate", "audio_dropout"),
 )
+# What a run that goes on must have in common with the one that began.
 SAME = ("stages", "sources", "model", "media", "seed", "precision", "batchnorm", "optimizer")
+
+Tables = Mapping[str, TsvTable | TarShards]
 
 
 def make_model(run: Run, stage: Stage, previous: Path | None) -> UnivalForConditionalGeneration:
@@ -94,9 +104,8 @@ def check_media(run: Run, stage: Stage, model: UnivalForConditionalGeneration) -
         )
 
 
-def describe_data(run: Run) -> dict[str, dict[str, int]]:
+def describe_data(run: Run, tables: Tables) -> dict[str, dict[str, int]]:
     """Records and bytes of every source: what tells one version of a list from another."""
-    tables = open_sources(run)
     return {
         name: {
             "records": len(tables[name]),
@@ -106,13 +115,13 @@ def describe_data(run: Run) -> dict[str, dict[str, int]]:
     }
 
 
-def begin(run: Run, folder: Path, world: World) -> None:
+def begin(run: Run, folder: Path, world: World, tables: Tables) -> None:
     """Make the run's folder, or go on in it.
 
     Raises:
         ResumeError: its run had other stages, data or model.
     """
-    path, data = folder / "config.yaml", describe_data(run)
+    path, data = folder / "config.yaml", describe_data(run, tables)
     if path.is_file():
         before = load_config(Run, path)
         for name in SAME:
@@ -156,9 +165,11 @@ def measure(
     model: UnivalForConditionalGeneration,
     vocabulary: Vocabulary,
     folder: Path,
+    tables: Tables,
+    world: World,
 ) -> None:
-    """Evaluate the stages' tasks and add the result to what `folder` holds already."""
-    tables, answers = open_sources(run), read_answers(run)
+    """Evaluate the stages' tasks on all ranks and add the result to what `folder` holds already."""
+    measured, answers = {name: tables[name] for name in measured_sources(run)}, read_answers(run)
     if torch.cuda.is_available():
         model.to("cuda")
     found = Evaluation.load(folder) if (folder / "evaluation.json").is_file() else None
@@ -166,23 +177,26 @@ def measure(
         result = evaluate(
             model,
             vocabulary,
-            tables,
+            measured,
             stage.evaluate,
             stage_media(run, stage),
+            decoding={task: decoding_of(stage, task) for task in stage.evaluate},
             loading=run.loading,
             answers=answers,
             fine_tuned=stage.evaluate if stage.fine_tuning else [],
             batch_size=run.evaluate_batch,
             folder=folder,
-            progress=_say_when_done,
+            progress=_say_when_done if world.rank == 0 else None,
+            group=world.control,
         )
         if found is not None:
             result.metrics = found.metrics | result.metrics
             kept = [p for p in found.predictions if p.task not in stage.evaluate]
             result.predictions = kept + result.predictions
         found = result
-    if found is not None:
+    if found is not None and world.rank == 0:
         found.save(folder)
+    world.barrier()
 
 
 def train(run: Run) -> Path:
@@ -200,9 +214,10 @@ def train(run: Run) -> Path:
     asked = on_request()
     world = init_distributed()
     check_run(run, world.size)
-    check_data(run)
+    tables = check_data(run)
+    run = with_steps(run, tables)
     folder = Path(run.output)
-    begin(run, folder, world)
+    begin(run, folder, world, tables)
     vocabulary = Vocabulary(run.text_order, run.dict_path)
     run_log = None
     if world.rank == 0:
@@ -215,21 +230,31 @@ def train(run: Run) -> Path:
         if not place.finished:
             model = make_model(run, stage, previous)
             check_media(run, stage, model)
+            begun = place.begun
+            world.barrier()  # all have looked before one clears
             if world.rank == 0:
                 place.clear_unfinished()
-                if not done and not place.begun and run.evaluate_before:
-                    measured = [s for s in run.stages if s.evaluate]
-                    measure(run, measured, model, vocabulary, folder / "evaluation_before")
             world.barrier()
-            StageRun(run, stage, model, vocabulary, place, world, asked, done, run_log).train()
+            if not done and not begun and run.evaluate_before:
+                before = [s for s in run.stages if s.evaluate]
+                out = folder / "evaluation_before"
+                measure(run, before, model, vocabulary, out, tables, world)
+            shared = Shared(run, vocabulary, world, tables, asked, run_log)
+            StageRun(shared, stage, model, place, done).train()
+            chosen = place.latest()
+            assert chosen is not None
+            if stage.best is not None:
+                out = chosen / "evaluation"
+                measure(run, [stage], _to_measure(chosen), vocabulary, out, tables, world)
+                chosen = place.best(stage.best)
+                if chosen is None:
+                    raise ValueError(f"stage {stage.name!r}: no measure has {stage.best!r}")
+                log.info("stage %s: the best by %s is %s", stage.name, stage.best, chosen.name)
+            if stage.evaluate:
+                out = folder / "evaluation_after"
+                measure(run, [stage], _to_measure(chosen), vocabulary, out, tables, world)
             if world.rank == 0:
-                last = place.latest()
-                assert last is not None
-                if stage.evaluate:
-                    measure(
-                        run, [stage], _to_measure(last), vocabulary, folder / "evaluation_after"
-                    )
-                place.finish(last)
+                place.finish(chosen)
             world.barrier()
         previous, done = place.model, done + stage.steps
     if run_log is not None:
@@ -245,27 +270,37 @@ def _to_measure(checkpoint: Path) -> UnivalForConditionalGeneration:
     return load_model(averaged if averaged.is_dir() else checkpoint / "model")
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What all stages of a run have in common. `log` is rank 0's."""
+
+    run: Run
+    vocabulary: Vocabulary
+    world: World
+    tables: Tables
+    asked: Event
+    log: RunLog | None
+
+
 class StageRun:
     """One stage from its last checkpoint to its end."""
 
     def __init__(
         self,
-        run: Run,
+        shared: Shared,
         stage: Stage,
         model: UnivalForConditionalGeneration,
-        vocabulary: Vocabulary,
         place: StageFolder,
-        world: World,
-        asked: Event,
         steps_before: int,
-        run_log: RunLog | None,
     ) -> None:
-        self.run, self.stage, self.vocabulary = run, stage, vocabulary
-        self.place, self.world, self.asked, self.log = place, world, asked, run_log
+        self.run, self.vocabulary, self.world = shared.run, shared.vocabulary, shared.world
+        self.tables, self.asked, self.log = shared.tables, shared.asked, shared.log
+        self.stage, self.place = stage, place
         self.steps_before = steps_before
         self.folder = place.path.parents[1]
-        self.engine = Engine(model, run, stage, world)
-        self.saver = Saver(self.engine, place, vocabulary, run.keep, run.keep_best)
+        self.trie = answer_trie(self.run, stage, self.vocabulary)
+        self.engine = Engine(model, self.run, stage, self.world, self.trie)
+        self.saver = Saver(self.engine, place, self.vocabulary, self.run.keep, self.run.keep_best)
         self.refused_in_row = self.refused = self.rollbacks = 0
         self._saved = -1  # the step of the last checkpoint
         self.interval = Interval()
@@ -275,7 +310,16 @@ class StageRun:
         rank, size = self.world.rank, self.world.size
         quarantine = self.folder / "quarantine" / f"{self.stage.name}-rank{rank}.jsonl"
         try:
-            with BatchMaker(self.run, self.stage, self.vocabulary, rank, size, quarantine) as maker:
+            with BatchMaker(
+                self.run,
+                self.stage,
+                self.vocabulary,
+                rank,
+                size,
+                quarantine,
+                self.tables,
+                self.trie,
+            ) as maker:
                 found = restore(self.engine, self.place, self.saver)
                 done = 0
                 if found is not None:
@@ -334,12 +378,14 @@ class StageRun:
             self._evaluate(update)
 
     def _evaluate(self, update: int) -> None:
-        """Measure the checkpoint of this step (rank 0), and keep it if it is the best."""
+        """Measure the checkpoint of this step, and keep it if it is the best."""
         self.saver.wait()
+        self.world.barrier()  # the checkpoint is whole
+        path = self.place.at(update)
+        out = path / "evaluation"
+        model = _to_measure(path)
+        measure(self.run, [self.stage], model, self.vocabulary, out, self.tables, self.world)
         if self.world.rank == 0:
-            path = self.place.at(update)
-            model = _to_measure(path)
-            measure(self.run, [self.stage], model, self.vocabulary, path / "evaluation")
             self.place.prune(self.run.keep, self.run.keep_best, self.stage.best)
         self.world.barrier()
 

@@ -9,14 +9,8 @@ from concurrent.futures import Future
 import pytest
 
 from unival.data.tools import running
-from unival.data.tools.running import (
-    Processes,
-    Results,
-    claim,
-    finished_file,
-    in_order,
-    progress,
-)
+from unival.data.tools.running import Processes, Results, claim, in_order, progress
+from unival.files import finished_file
 
 
 def test_results_come_in_order_with_a_bounded_number_begun():

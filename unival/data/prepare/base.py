@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,13 @@ from unival.data import pickles
 from unival.data.files import resolve_media
 from unival.data.records import Origin, Record, RecordError
 from unival.data.shards import make_record
-from unival.data.tools.running import stamp, write_json
+from unival.data.tools.running import stamp
 from unival.data.tools.shard import Made, Table, write_shards
+from unival.files import write_json
 
 SUMMARY = "prepared.json"
 NAMED = 5  # bad rows that are printed
+BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 
 class Source:
@@ -108,8 +111,11 @@ class Source:
         path = self.find(*names)
         with open(path, encoding="utf-8-sig", newline="") as file:
             # Without a header there is no quoting: a caption may begin with a quotation mark.
-            quoting = csv.QUOTE_MINIMAL if header else csv.QUOTE_NONE
-            rows = csv.reader(file, delimiter=delimiter, quoting=quoting)
+            rows = (
+                csv.reader(file, delimiter=delimiter)
+                if header
+                else csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            )
             found = next(rows, []) if header else list(columns)
             missing = [name for name in columns if name not in found]
             if missing:
@@ -152,6 +158,16 @@ class Entries:
 
     media: Path
     rows: list[Entry | RecordError] = field(default_factory=list)
+    _ids: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def add(self, row: Entry | RecordError) -> None:
+        """Append a row; an entry whose id an earlier one has becomes an error."""
+        if isinstance(row, Entry):
+            id = row.values["id"]
+            if id in self._ids:
+                row = RecordError(row.origin, "id", f"{id!r} is the id of an earlier row")
+            self._ids.add(id)
+        self.rows.append(row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -205,6 +221,28 @@ def field_of(entry: Any, name: str, kind: type | tuple[type, ...], origin: Origi
     if not isinstance(value, kind) or isinstance(value, bool):
         raise RecordError(origin, name, f"{value!r:.40} is a {type(value).__name__}")
     return value
+
+
+def text_of(entry: Any, name: str, origin: Origin) -> str:
+    """A text of a JSON object without white space around it, with a space for each run of line
+    breaks and tabs; RecordError where there is none, or it is empty or cannot be written as UTF-8.
+    """
+    text = BREAKS.sub(" ", field_of(entry, name, str, origin)).strip()
+    if not text:
+        raise RecordError(origin, name, "empty text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(origin, name, f"half a character: {error.reason}") from error
+    return text
+
+
+def row_of(make: Callable[[Any, Origin], Entry], item: Any, origin: Origin) -> Entry | RecordError:
+    """The entry that `make` reads in an item of a file, or what is wrong with the item."""
+    try:
+        return make(item, origin)
+    except RecordError as error:
+        return error
 
 
 def held_out(ids: Sequence[str], share: float = 0.05) -> set[str]:

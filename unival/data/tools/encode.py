@@ -14,11 +14,11 @@ import av
 import numpy as np
 from PIL import Image, ImageOps
 
-from unival.data.tools.running import finished_file
 from unival.data_gpu.errors import DecodeError
 from unival.data_gpu.image import decode_image
 from unival.data_gpu.limits import Limits
 from unival.data_gpu.video_scan import open_container, scan_film, video_stream
+from unival.files import finished_file
 
 CLOCK = 60_000  # ticks a second of an mp4's times; MPEG-4 allows no more than 65,535
 FPS = (0.01, 240.0)

@@ -14,11 +14,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from unival.data_gpu.worker import cap_memory
+from unival.files import finished_file, write_json
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -134,31 +135,6 @@ def _prepare(memory: int) -> None:
     """In a new process: Ctrl-C is the parent's to handle, and memory is capped."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cap_memory(memory)
-
-
-@contextmanager
-def finished_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which becomes `path` when all is written and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a file of JSON as a whole or not at all."""
-    with finished_file(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def stamp(path: Path) -> list[int] | None:

@@ -25,10 +25,11 @@ from unival.data.shards import (
     write_index,
 )
 from unival.data.tools.inputs import MEDIA, Rows, files_below
-from unival.data.tools.running import claim, finished_file, progress, stamp, write_json
+from unival.data.tools.running import claim, progress, stamp
 from unival.data.tsv import TsvTable
 from unival.data_gpu.errors import DecodeError, require_content
 from unival.data_gpu.limits import Limits
+from unival.files import finished_file, write_json
 
 CAPTION_KINDS = {"image": "caption", "video": "video_caption", "audio": "audio_caption"}
 MAX_BYTES = 1 << 30  # of a shard where nothing is said

@@ -12,12 +12,13 @@ import numpy as np
 
 from unival.data.records import Record, RecordError
 from unival.data.tools.inputs import Item, Rows, list_items
-from unival.data.tools.running import cores, finished_file, in_order, progress, write_json
+from unival.data.tools.running import cores, in_order, progress
 from unival.data_gpu.audio import probe_audio
 from unival.data_gpu.errors import DecodeError, Media, MediaInfo
 from unival.data_gpu.inspect import inspect_image
 from unival.data_gpu.limits import Limits
 from unival.data_gpu.video import probe_video
+from unival.files import finished_file, write_json
 
 PROBES = {"image": inspect_image, "video": probe_video, "audio": probe_audio}
 FIELDS = {  # of a MediaInfo, by medium
