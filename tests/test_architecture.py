@@ -22,6 +22,11 @@ FROM_TRAINING = (
     "unival/train.py",
     "unival/launch.py",
     "unival/demo.py",
+    "unival/evaluate.py",
+    "unival/finetune.py",
+    "unival/recipes.py",
+    "unival/zero_shot.py",
+    "unival/planning/",
 )
 
 
@@ -125,7 +130,8 @@ def test_mapped_packages_are_never_imported_by_their_bare_names():
 def test_nothing_unpickles():
     packages = ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
     # Tests may write pickles, to see them refused, and copy objects in memory as workers do.
-    own = [path for path in SOURCES if not path.startswith("tests/")]
+    # One file reads pickles of plain data; tests/data/test_pickles.py sees others refused there.
+    own = [p for p in SOURCES if not p.startswith("tests/") and p != "unival/data/pickles.py"]
     wrong = violations(own, packages)
     reading = ("pickle.load", "pickle.Unpickler")
     for path in files("tests/"):

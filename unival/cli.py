@@ -123,24 +123,11 @@ def _load(folder: Path):  # type: ignore[no-untyped-def]
     return load_model(folder).eval(), Vocabulary.from_pretrained(folder)
 
 
-def _run_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
-    """The run config beside a model: it says how the model's media were prepared."""
-    from unival.config import ConfigError, load_config
-    from unival.training.options import Run
-
-    path = arguments.config
-    if path is None:
-        candidates = [folder / "config.yaml" for folder in arguments.model.resolve().parents]
-        path = next((c for c in candidates if c.is_file()), None)
-    if path is None:
-        raise ConfigError(f"{arguments.model}: no config.yaml above it; name the run with --config")
-    return load_config(Run, path, [])
-
-
 def _generate(arguments: argparse.Namespace) -> int:
+    from unival.evaluate import run_of
     from unival.generation.generate import generate_answer
 
-    run = _run_of(arguments)
+    run = run_of(arguments.model, arguments.config)
     model, vocabulary = _load(arguments.model)
     answers = []
     if arguments.answers is not None:
@@ -166,28 +153,64 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _passed_on(arguments: argparse.Namespace) -> int:
+    """Run a command that is a module of its own, on several processes where asked for."""
+    if arguments.num_gpus == 1:
+        import importlib
+
+        return importlib.import_module(arguments.module).main(arguments.rest)
+    from unival.launch import launch
+
+    return launch(arguments.num_gpus, arguments.rest, arguments.module)
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from unival.finetune import Request, finetune
+
+    request = Request(
+        task=arguments.task,
+        data=arguments.data,
+        checkpoint=arguments.checkpoint,
+        out=arguments.out or Path("runs") / f"finetune_{arguments.task}",
+        media_root=arguments.media_root,
+        answers=arguments.answers,
+        ranks=arguments.num_gpus,
+    )
+    return finetune(request, arguments.overrides)
+
+
+def _score(arguments: argparse.Namespace) -> int:
     import json
 
-    from unival.evaluation.runner import evaluate
-    from unival.training.batches import open_sources, read_answers
+    from unival.evaluation.result_files import score_files
 
-    run = _run_of(arguments)
-    model, vocabulary = _load(arguments.model)
-    result = evaluate(
-        model,
-        vocabulary,
-        open_sources(run),
-        arguments.tasks,
-        run.media,
-        loading=run.loading,
-        answers=read_answers(run),
-        fine_tuned=arguments.tasks if arguments.fine_tuned else [],
-        folder=arguments.out,
-    )
-    if arguments.out is not None:
-        result.save(arguments.out)
-    print(json.dumps(result.metrics, indent=2))
+    files = (arguments.predictions, arguments.references)
+    found = score_files(arguments.metric, *files, task=arguments.task)
+    print(json.dumps(found, indent=2))
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from unival.data.prepare import DATASETS
+    from unival.data.prepare.base import Source, describe, prepare
+
+    if arguments.dataset == "list":
+        print(describe(DATASETS))
+        return 0
+    if arguments.dataset not in DATASETS:
+        known = ", ".join(DATASETS)
+        raise ValueError(f"unknown data set {arguments.dataset!r}; known: {known}")
+    if arguments.source is None or arguments.out is None:
+        raise ValueError("--source and --out are needed")
+    options = dict(option.partition("=")[::2] for option in arguments.option)
+    source = Source(arguments.source, arguments.media, options)
+    return prepare(arguments.dataset, DATASETS[arguments.dataset], source, arguments.out)
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    from unival.recipes import write_recipes
+
+    print(write_recipes(arguments.configs, arguments.out))
     return 0
 
 
@@ -233,6 +256,13 @@ def _add_data(data: argparse.ArgumentParser) -> None:
     size = shard.add_mutually_exclusive_group()
     size.add_argument("--samples-per-shard", type=_positive(int))
     size.add_argument("--max-bytes", type=_positive(int), help="of a shard (1 GiB)")
+
+    prepared = action("prepare", _prepare, "write a published data set as shards")
+    prepared.add_argument("dataset", help="its name; `list` names all and the files they want")
+    prepared.add_argument("--source", type=Path, help="folder of its annotations")
+    prepared.add_argument("--media", type=Path, help="folder of its media (the source's)")
+    prepared.add_argument("--out", type=Path, help="folder of the shards")
+    prepared.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
 
     reencode = action("reencode", _reencode, "encode films and pictures anew", "video")
     reencode.add_argument("--out", type=Path, required=True)
@@ -298,13 +328,42 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--answers", type=Path, help="candidate answers, one a line")
     generate.add_argument("--beam-size", type=int)
 
-    measure = command("evaluate", _evaluate, "measure tasks of a run's model on its sources")
-    measure.add_argument("--tasks", nargs="+", required=True)
-    measure.add_argument("--out", type=Path, help="folder for evaluation.json and pictures")
-    for sub in (generate, measure):
-        sub.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-        sub.add_argument("--config", type=Path, help="the run's config; else the one above --model")
-        sub.add_argument("--fine-tuned", action="store_true", help="ask with fine-tuning prompts")
+    generate.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    generate.add_argument("--config", type=Path, help="the run's; else the one above --model")
+    generate.add_argument("--fine-tuned", action="store_true", help="ask with fine-tuning prompts")
+
+    for name, module, text in (
+        ("evaluate", "unival.evaluate", "measure tasks of a run's model on its sources"),
+        ("zero-shot", "unival.zero_shot", "measure a model on the data sets of a table"),
+    ):
+        # Their options are the module's own, which the launcher starts too.
+        passed = commands.add_parser(name, help=text, add_help=False)
+        passed.set_defaults(handler=_passed_on, module=module)
+        passed.add_argument("--num-gpus", type=_positive(int), default=1)
+
+    tune = command("finetune", _finetune, "fine-tune on your own table, by the recipe of a task")
+    tune.add_argument("--task", required=True)
+    tune.add_argument("--data", type=Path, required=True, help="folder of train, val and test")
+    tune.add_argument("--from", dest="checkpoint", type=Path, required=True, help="a saved model")
+    tune.add_argument("--out", type=Path, help="the run's folder (runs/finetune_TASK)")
+    tune.add_argument(
+        "--media-root", type=Path, help="where media paths start (the table's folder)"
+    )
+    tune.add_argument("--answers", type=Path, help="candidate answers, one a line")
+    tune.add_argument("--num-gpus", type=_positive(int), default=1, help="processes")
+    tune.add_argument("overrides", nargs="*", help="key=value")
+
+    score = command("score", _score, "score a file of results against its references")
+    score.add_argument(
+        "--metric", choices=["caption", "vqa", "grounding", "accuracy"], required=True
+    )
+    score.add_argument("--predictions", type=Path, required=True)
+    score.add_argument("--references", type=Path, required=True)
+    score.add_argument("--task", default="", help="which, where an evaluation.json has several")
+
+    recipes = command("recipes", _recipes, "write the table of fine-tuning recipes")
+    recipes.add_argument("--configs", type=Path, default=Path("configs/finetune"))
+    recipes.add_argument("--out", type=Path, default=Path("docs/recipes.md"))
     return top
 
 
@@ -313,7 +372,11 @@ DEFAULT_MODEL = Path("runs/demo/stages/image_video_text/model")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 where the input cannot be used."""
-    arguments = parser().parse_args(argv)
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and arguments.handler is not _passed_on:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
     try:
         return arguments.handler(arguments)
     except (ValueError, FileNotFoundError) as error:

@@ -14,8 +14,8 @@ from unival.config import load_config
 from unival.training.options import Run
 
 
-def launch(ranks: int, arguments: Sequence[str]) -> int:
-    """Run `unival.train` with some arguments on `ranks` processes; returns the exit status."""
+def launch(ranks: int, arguments: Sequence[str], module: str = "unival.train") -> int:
+    """Run a module with some arguments on `ranks` processes; returns the exit status."""
     launcher = Path(sys.executable).with_name("deepspeed")
     with socket.socket() as free:  # the launcher's own port may be another run's
         free.bind(("127.0.0.1", 0))
@@ -23,7 +23,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     environment = dict(os.environ)
     environment["PATH"] = f"{launcher.parent}{os.pathsep}{environment.get('PATH', '')}"
     command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(port)]
-    done = subprocess.run([*command, "--module", "unival.train", *arguments], env=environment)
+    done = subprocess.run([*command, "--module", module, *arguments], env=environment)
     return done.returncode
 
 

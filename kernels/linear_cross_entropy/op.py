@@ -42,7 +42,7 @@ def linear_cross_entropy(
         embedding: [V, D] of the same dtype.
         target: int64 [n]; -100 leaves a token out.
         label_smoothing: in [0, 1), spread over the allowed ids.
-        weight: [n] >= 0, multiplies the log-probabilities.
+        weight: [n], multiplies the log-probabilities.
         allowed: bool [n, V], ids that have probability; not together with constraint_range.
         constraint_range: (first, last): only ids 0-3 and first..last-1 have probability.
         drop_worst_ratio: in [0, 1), share of the counted tokens with the largest losses left out.

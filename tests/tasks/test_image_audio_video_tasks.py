@@ -144,6 +144,7 @@ def test_every_task_is_registered_under_its_name_and_kinds():
         "video_qa",
         "audio_caption",
         "visual_entailment",
+        "image_generation",
     }
     assert all(task.name == name for name, task in TASKS.items())
     assert TASKS["answer_matching"].kinds == ("qa", "video_qa")

@@ -118,7 +118,7 @@ def check_complete(record: Record) -> Record:
         "image_generation": ("captions", "codes"),
     }.get(record.kind, ("captions",))
     for field in needed:
-        if field == "answers" and record.unanswered:
+        if field in ("answers", "codes") and record.unanswered:
             continue
         value = getattr(record, field)
         if not value or (isinstance(value, str) and not value.strip()):

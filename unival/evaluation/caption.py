@@ -1,89 +1,185 @@
-"""Scores of captions: CIDEr, BLEU, ROUGE-L, and METEOR and SPICE where Java can run them."""
+"""Scores of captions: BLEU, ROUGE-L and CIDEr, and with Java METEOR and SPICE."""
 
 from __future__ import annotations
 
+import json
 import logging
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from unival.evaluation.vqa import check_keys
+from unival.evaluation.coco_tokens import JavaError, JavaProgram, ptb_tokenize, tokenize
+from unival.evaluation.vqa import check_keys, first_few
 
 logger = logging.getLogger(__name__)
 
-CONTRACTION = re.compile(r"(\w)(n't|'(?:s|re|ve|ll|d|m))\b")
-TOKEN = re.compile(r"n't\b|'(?:s|re|ve|ll|d|m)\b|\d+(?:[.,]\d+)+|\w+(?:-\w+)*")
-SPICE_MODELS = "stanford-corenlp-3.6.0-models.jar"
+SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+SPICE_SOURCE = "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
 
 Captions = dict[str, list[str]]
 
 
-def tokenize(caption: str) -> str:
-    """Lower-cased words separated by single spaces, in the manner of the Penn Treebank.
+@dataclass(frozen=True)
+class CaptionScores:
+    """The scores that could be computed, and why the others could not.
 
-    Contractions are split (`don't` -> `do n't`), hyphenated words and numbers stay whole,
-    punctuation and symbols are dropped. The published scores come from Stanford's Java tokenizer,
-    which differs in rare cases (abbreviations with dots, symbols such as `&`).
+    Args:
+        scores: `CIDEr`, `BLEU-1` ... `BLEU-4`, `ROUGE-L`, `METEOR`, `SPICE`. CIDEr reaches 10
+            (papers print 100 times the value), the others reach 1.
+        missing: the reason for each of `METEOR`, `SPICE` and `PTB tokenizer` that is left out.
+        tokenizer: `PTB`, that of the published scores, or `own` (`coco_tokens.tokenize`).
     """
-    text = caption.lower().replace("\u2019", "'")
-    return " ".join(TOKEN.findall(CONTRACTION.sub(r"\1 \2", text)))
+
+    scores: dict[str, float]
+    missing: dict[str, str]
+    tokenizer: str
 
 
 def caption_scores(
-    predictions: Mapping[str, str],
-    references: Mapping[str, Sequence[str]],
-    java_metrics: bool = False,
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """`{"CIDEr", "BLEU-1" ... "BLEU-4", "ROUGE-L"}`, with `java_metrics` also METEOR and SPICE.
+    """`{"CIDEr", "BLEU-1" ... "BLEU-4", "ROUGE-L"}` without Java, for use while training.
 
     Both arguments are keyed by the id of the medium. CIDEr takes its word frequencies from the
     references given here, so it is 0 for a single medium; it reaches 10 (papers print 100 times
-    the value), the others reach 1. Tokens come from `tokenize`, not from Stanford's tokenizer.
-    Raises ValueError when there is nothing to evaluate, the ids differ or a medium has no usable
-    reference, ImportError when pycocoevalcap is missing.
+    the value), the others reach 1. Tokens come from `coco_tokens.tokenize`, not from Stanford's
+    tokenizer; `coco_caption_scores` gives the published scores.
+
+    Raises:
+        ValueError: nothing to evaluate, the ids differ, or a medium has no usable reference.
+        ImportError: pycocoevalcap is missing.
     """
+    truth, guess = _tokenized(predictions, references, _own_tokens)
+    return _python_scores(truth, guess)
+
+
+def coco_caption_scores(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> CaptionScores:
+    """All scores of the COCO evaluation, on the tokens of its tokenizer.
+
+    Needs Java for the tokenizer and for METEOR (its start takes some ten seconds), and for SPICE
+    Stanford's language models besides, which are never downloaded here. What is missing or fails is
+    left out, warned about and named in the result. Arguments and errors as in `caption_scores`.
+    """
+    missing: dict[str, str] = {}
+    tokenizer = "PTB"
+    try:
+        truth, guess = _tokenized(predictions, references, ptb_tokenize)
+    except JavaError as error:
+        missing["PTB tokenizer"] = str(error)
+        tokenizer = "own"
+        truth, guess = _tokenized(predictions, references, _own_tokens)
+    scores = _python_scores(truth, guess)
+    for name, metric in (("METEOR", _meteor), ("SPICE", _spice)):
+        try:
+            scores[name] = metric(truth, guess)
+        except JavaError as error:
+            missing[name] = str(error)
+    for name, reason in missing.items():
+        logger.warning("%s is left out: %s", name, reason)
+    return CaptionScores(scores, missing, tokenizer)
+
+
+def _own_tokens(captions: Sequence[str]) -> list[str]:
+    return [tokenize(caption) for caption in captions]
+
+
+def _tokenized(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    split: Callable[[Sequence[str]], list[str]],
+) -> tuple[Captions, Captions]:
+    """(references, predictions) in tokens, all of them split in one go.
+
+    A reference without a word is left out; it would match an empty prediction.
+    """
+    check_keys(predictions, references)
+    single = [key for key, texts in references.items() if isinstance(texts, str)]
+    if single:
+        raise ValueError(
+            f"references must be a list of captions, not one string: {first_few(single)}"
+        )
+    try:
+        tokens = iter(split([*predictions.values(), *(t for r in references.values() for t in r)]))
+    except ImportError as error:
+        raise ImportError("caption scores need: pip install pycocoevalcap") from error
+    guess = {key: [next(tokens)] for key in predictions}
+    truth = {key: [next(tokens) for _ in texts] for key, texts in references.items()}
+    empty = [key for key, texts in truth.items() if not any(texts)]
+    if empty:
+        raise ValueError(
+            f"no reference caption with a word in it, for {len(empty)} ids: {first_few(empty)}"
+        )
+    for key, texts in truth.items():
+        if not all(texts):
+            logger.warning("%r: %d empty references left out", key, texts.count(""))
+            truth[key] = [text for text in texts if text]
+    return truth, {key: guess[key] for key in truth}
+
+
+def _python_scores(truth: Captions, guess: Captions) -> dict[str, float]:
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
         raise ImportError("caption scores need: pip install pycocoevalcap") from error
-    check_keys(predictions, references)
-    truth = {key: _usable(key, texts) for key, texts in references.items()}
-    guess = {key: [tokenize(predictions[key])] for key in truth}
     bleu, _ = Bleu(4).compute_score(truth, guess, verbose=0)
     scores = {"CIDEr": float(Cider().compute_score(truth, guess)[0])}
     scores |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
-    scores["ROUGE-L"] = float(Rouge().compute_score(truth, guess)[0])
-    return scores | (_java_scores(truth, guess) if java_metrics else {})
+    return scores | {"ROUGE-L": float(Rouge().compute_score(truth, guess)[0])}
 
 
-def _usable(key: str, texts: Sequence[str]) -> list[str]:
-    """The tokenised references that hold a word; an empty one would match an empty prediction."""
-    if isinstance(texts, str):
-        raise ValueError(f"the references of {key!r} must be a list of captions, not one string")
-    tokenized = [words for words in map(tokenize, texts) if words]
-    if not tokenized:
-        raise ValueError(f"{key!r} has no reference caption with a word in it: {list(texts)}")
-    if len(tokenized) < len(texts):
-        logger.warning("%r: %d empty references left out", key, len(texts) - len(tokenized))
-    return tokenized
+def _meteor(truth: Captions, guess: Captions) -> float:
+    """METEOR 1.5 of pycocoevalcap: statistics of each caption, then one score for all."""
+    from pycocoevalcap.meteor import meteor
+
+    arguments = ["-Xmx2G", "-jar", meteor.METEOR_JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
+    with JavaProgram(arguments, Path(meteor.__file__).parent) as program:
+        statistics = []
+        for key, texts in truth.items():
+            parts = [part.replace("|||", " ") for part in (*texts, *guess[key])]
+            statistics.append(program.ask(" ||| ".join(["SCORE", *parts])))
+        score = program.ask(" ||| ".join(["EVAL", *statistics]))
+        for _ in truth:  # a score for each caption comes first, that of all last
+            score = program.read_line()
+    return _number(score, "METEOR")
 
 
-def _java_scores(truth: Captions, guess: Captions) -> dict[str, float]:
-    """METEOR and SPICE; what cannot run here is left out and the reason is logged."""
-    if shutil.which("java") is None:
-        logger.warning("METEOR and SPICE are left out: the command `java` was not found")
-        return {}
-    from pycocoevalcap.meteor.meteor import Meteor
+def _spice(truth: Captions, guess: Captions) -> float:
+    """SPICE 1.0 of pycocoevalcap, whose own class would download the models without asking."""
     from pycocoevalcap.spice import spice
 
-    scores = {"METEOR": float(Meteor().compute_score(truth, guess)[0])}
-    models = Path(spice.__file__).parent / "lib" / SPICE_MODELS
-    if models.exists():
-        scores["SPICE"] = float(spice.Spice().compute_score(truth, guess)[0])
-    else:
-        # Spice() would download them without asking.
-        logger.warning("SPICE is left out: its language models are not installed at %s", models)
-    return scores
+    folder = Path(spice.__file__).parent
+    absent = [name for name in SPICE_MODELS if not (folder / "lib" / name).exists()]
+    if absent:
+        raise JavaError(
+            f"{' and '.join(absent)} missing in {folder / 'lib'}; take them from {SPICE_SOURCE}"
+        )
+    asked = [{"image_id": key, "test": guess[key][0], "refs": truth[key]} for key in truth]
+    with tempfile.TemporaryDirectory() as work:
+        given, found = Path(work, "captions.json"), Path(work, "scores.json")
+        given.write_text(json.dumps(asked), encoding="utf-8")
+        arguments = ["-Xmx8G", "-jar", spice.SPICE_JAR, str(given), "-out", str(found), "-silent"]
+        with JavaProgram(arguments, folder) as program:
+            program.finish()
+        try:
+            scores = [each["scores"]["All"]["f"] for each in json.loads(found.read_bytes())]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JavaError(f"SPICE wrote no scores: {error!r}") from error
+    if len(scores) != len(asked):
+        raise JavaError(f"SPICE gave {len(scores)} scores for {len(asked)} media")
+    return sum(_number(score, "SPICE") for score in scores) / len(scores)
+
+
+def _number(value: object, metric: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise JavaError(f"{metric} gave {str(value)[:100]!r}, which is no number")
+    return number

@@ -16,6 +16,8 @@ from unival.data.media import Loading, MediaLoader, MediaOptions
 from unival.data.records import Answer, Record, RecordError
 from unival.data_gpu.image import decode_image
 from unival.evaluation.caption import caption_scores, tokenize
+from unival.evaluation.cider_d import cider_d
+from unival.evaluation.codes import CodeScores, code_metrics, score_codes
 from unival.evaluation.grounding import grounding_accuracy
 from unival.evaluation.items import Catalogue, Item, Table, task_items
 from unival.evaluation.thumbnails import write_thumbnail
@@ -29,7 +31,7 @@ from unival.generation.generate import (
 )
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
-from unival.tasks.base import Decoding, Task, with_decoding
+from unival.tasks.base import Decoding, Task, assemble, with_decoding
 from unival.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -190,11 +192,13 @@ class Answered:
     task: Task
     predictions: list[Prediction] = field(default_factory=list)
     truths: list[list[Answer]] = field(default_factory=list)
+    codes: list[CodeScores] = field(default_factory=list)
     skipped: int = 0
 
     def add(self, other: Answered) -> None:
         self.predictions += other.predictions
         self.truths += other.truths
+        self.codes += other.codes
         self.skipped += other.skipped
 
     def metrics(self) -> dict[str, float]:
@@ -204,6 +208,9 @@ class Answered:
         if texts and self.task.metric == "caption":
             references = {str(n): p.references for n, p in enumerate(self.predictions)}
             scores = caption_scores(texts, references)
+            # As the published runs chose: marks are gone, letters keep their case.
+            worded = {n: [r for r in texts if r.split()] for n, texts in references.items()}
+            scores["CIDEr-D"] = cider_d(texts, worded)
         elif texts and self.task.metric == "grounding":
             boxes = {str(n): p.box for n, p in enumerate(self.predictions)}
             truth = {str(n): p.box_reference for n, p in enumerate(self.predictions)}
@@ -214,6 +221,8 @@ class Answered:
                 scores["accuracy"] = accuracy({n: texts[n] for n in truths}, truths)
             if len(truths) < len(texts):  # their publisher keeps the answers to himself
                 scores["unanswered"] = float(len(texts) - len(truths))
+        elif texts and self.task.metric == "codes":
+            scores = code_metrics(self.codes)
         return scores | {
             "samples": float(len(self.predictions)),
             "skipped": float(self.skipped),
@@ -287,15 +296,28 @@ class Asking:
             tensors.setdefault(key, found.tensor)
             asked.append((item, source, found.tensor))
             example = inference_example(self.task, source, self.fine_tuning)
+            if self.task.metric == "codes":
+                target = self.vocabulary.code_ids(item.record.codes)
+                example = assemble(source, target)
             examples.append((example, list(tensors).index(key)))
         if not asked:
             return answered
         batch = collate(examples, list(tensors.values()), items[0].record.medium)
-        found_ids = search_answers(self.model, self.task, batch, choices)
-        for (item, source, tensor), hypothesis in zip(asked, found_ids, strict=True):
+        outputs = self._outputs(batch, choices, answered)
+        for (item, source, tensor), tokens in zip(asked, outputs, strict=True):
             answered.truths.append(item.truth)
-            answered.predictions.append(self._prediction(item, source, tensor, hypothesis.tokens))
+            answered.predictions.append(self._prediction(item, source, tensor, tokens))
         return answered
+
+    def _outputs(
+        self, batch: Mapping[str, Tensor], choices: AnswerList | None, answered: Answered
+    ) -> list[list[int]]:
+        """The tokens of every row's answer. Codes are not searched for but foretold one by one."""
+        if self.task.metric != "codes":
+            found = search_answers(self.model, self.task, batch, choices)
+            return [hypothesis.tokens for hypothesis in found]
+        answered.codes = score_codes(self.model, batch)
+        return [self.vocabulary.code_ids(score.likeliest) for score in answered.codes]
 
     def _check_truth(self, item: Item) -> None:
         """Raises RecordError where there is nothing to compare an answer with."""
@@ -303,6 +325,8 @@ class Asking:
             missing = "box"
         elif self.task.metric == "grounding":
             missing = ""
+        elif self.task.metric == "codes":
+            missing = "" if item.record.codes else "codes"
         elif self.task.metric == "caption":
             missing = "" if any(tokenize(answer.text) for answer in item.truth) else "captions"
         else:

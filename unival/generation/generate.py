@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from unival.data.media import MediaOptions, load_media
 from unival.data.records import MEDIUM_OF_KIND, Answer, Origin, Record, RecordError
 from unival.data_gpu.image import decode_image
 from unival.generation.boxes import Box, ids_to_box
-from unival.generation.constraints import BinConstraint, Trie, TrieConstraint
+from unival.generation.candidates import AnswerList, score_candidates
+from unival.generation.constraints import BinConstraint, RangeConstraint, TrieConstraint
+from unival.generation.sampling import sample
 from unival.generation.search import Hypothesis, LogitsConstraint, SearchOptions, beam_search
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks import TASKS
-from unival.tasks.base import Example, Task, decoder_prompt
-from unival.vocabulary import PAD, Vocabulary
+from unival.tasks.base import Decoding, Example, Task, decoder_prompt
+from unival.vocabulary import EOS, FIRST_CODE, NUM_CODES, PAD, Vocabulary
 
 # What a user must say beside the medium; everything else is refused.
 WANTED = {
@@ -32,6 +34,7 @@ WANTED = {
     "grounding": ("text",),
     "grounded_caption": ("box",),
     "visual_entailment": ("text",),
+    "image_generation": ("text",),
 }
 
 
@@ -44,30 +47,18 @@ class GeneratedAnswer:
     box: Box | None = None
 
 
-@dataclass(frozen=True)
-class AnswerList:
-    """Answers to choose from as a trie, and the tokens of the longest, which bound the search."""
-
-    trie: Trie
-    longest: int
-
-    @classmethod
-    def of(cls, answers: Iterable[str], vocabulary: Vocabulary) -> AnswerList:
-        """Raises ValueError for an empty list."""
-        answers = list(answers)
-        trie = Trie.of_answers(answers, vocabulary)
-        return cls(trie, max(len(vocabulary.encode_text(f" {answer}")) for answer in answers))
-
-
 def answer_list(task: Task, answers: Sequence[str], vocabulary: Vocabulary) -> AnswerList | None:
     """The answers a task may give: its own candidates, else the data set's `answers`.
 
     None where the task's search has no such constraint or there is no list: the search is free.
+    Raises ValueError, naming the answer, as `AnswerList.of` and `AnswerList.check` do.
     """
     choices = task.candidates or answers
     if task.decoding.constraint != "answers" or not choices:
         return None
-    return AnswerList.of(choices, vocabulary)
+    found = AnswerList.of(choices, vocabulary)
+    found.check(task.decoding.max_length)
+    return found
 
 
 def inference_example(task: Task, source: list[int], fine_tuning: bool = False) -> Example:
@@ -100,39 +91,98 @@ def search_answers(
     batch: Mapping[str, Tensor],
     choices: AnswerList | None = None,
     beam_size: int | None = None,
+    decoding: Decoding | None = None,
 ) -> list[Hypothesis]:
     """The best hypothesis of every row, without the decoder's prompt.
 
     Args:
         model: in eval mode.
         batch: of `collate` over examples of `inference_example`.
-        choices: of `answer_list`.
-        beam_size: instead of the task's.
+        choices: of `answer_list`; used where the decoding's constraint is "answers".
+        beam_size: instead of the decoding's; no matter where all candidates are scored.
+        decoding: instead of the task's.
+
+    Raises:
+        ValueError: scoring "all_candidates" without choices, a choice longer than max_length, or
+            a row that cannot end within max_length.
     """
-    rules = task.decoding
-    beams = beam_size or rules.beam_size
+    rules = decoding or task.decoding
+    if beam_size is not None:
+        rules = replace(rules, beam_size=beam_size)
+    if rules.constraint != "answers":
+        choices = None
+    if choices is not None:
+        choices.check(rules.max_length)
+    if rules.scoring == "beam":
+        return _search(model, batch, rules, choices)
+    if choices is None:
+        raise ValueError(f"task {task.name!r}: scoring 'all_candidates' needs a list of answers")
+    encoder = model.encoder(**to_model(model, batch))
+    prompts = batch["decoder_input_ids"].to(model.device)
+    return score_candidates(model, encoder, choices, prompts, rules.temperature).best(choices)
+
+
+def _search(
+    model: UnivalForConditionalGeneration,
+    batch: Mapping[str, Tensor],
+    rules: Decoding,
+    choices: AnswerList | None,
+) -> list[Hypothesis]:
     prompts = batch["decoder_input_ids"]
     lengths = ((prompts != PAD).sum(dim=1) - 1).tolist()
     limit, constraints = rules.max_length, list[LogitsConstraint]()
     if choices is not None:
-        limit = min(limit, choices.longest)
-        constraints.append(TrieConstraint(choices.trie, lengths, beams))
+        limit = choices.longest
+        constraints.append(TrieConstraint(choices.trie, lengths, rules.beam_size))
     elif rules.constraint == "bins":
         constraints.append(BinConstraint())
+    elif rules.constraint == "codes":
+        constraints.append(RangeConstraint(FIRST_CODE, FIRST_CODE + NUM_CODES))
     options = SearchOptions(
-        beam_size=beams,
+        beam_size=rules.beam_size,
         max_length=limit + max(lengths),
         min_length=rules.min_length,
         normalize_scores=rules.normalize_scores,
+        length_penalty=rules.length_penalty,
+        temperature=rules.temperature,
         no_repeat_ngram_size=rules.no_repeat_ngram_size,
     )
     encoder = model.encoder(**to_model(model, batch))
     prefix = prompts[:, 1:].to(model.device) if max(lengths) else None
-    found = beam_search(model, encoder, options, constraints, prefix)
+    code_mask = None
+    if rules.constraint == "codes":
+        code_mask = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    if rules.top_k is not None:
+        drawn = sample(
+            model,
+            encoder,
+            samples=1,
+            max_length=options.max_length,
+            min_length=rules.min_length,
+            top_k=rules.top_k,
+            temperature=rules.temperature,
+            constraints=constraints,
+            prefix=prefix,
+            code_mask=code_mask,
+            generator=torch.Generator(model.device).manual_seed(0),
+        )
+        return [
+            _drawn(tokens, logs, length)
+            for tokens, logs, length in zip(
+                drawn.tokens[:, 0].tolist(), drawn.log_probs[:, 0].tolist(), lengths, strict=True
+            )
+        ]
+    found = beam_search(model, encoder, options, constraints, prefix, code_mask)
     return [
         replace(best[0], tokens=best[0].tokens[length:])
         for best, length in zip(found, lengths, strict=True)
     ]
+
+
+def _drawn(tokens: list[int], log_probs: list[float], prompt: int) -> Hypothesis:
+    """A sample without its prompt and padding; its score is the sum of the log-probabilities."""
+    end = tokens.index(EOS) + 1 if EOS in tokens else len(tokens)
+    return Hypothesis(tokens[prompt:end], sum(log_probs), log_probs[prompt:end])
 
 
 def generate_answer(
@@ -199,7 +249,9 @@ def _choose_medium(task: Task, files: dict[str, str | Path | None]) -> tuple[str
     """The record kind that fits the file given, and the file."""
     kinds = {MEDIUM_OF_KIND[kind]: kind for kind in task.kinds}
     given = [name for name, file in files.items() if file is not None]
-    wanted = " or ".join(f"{name}=" for name in kinds)
+    if "text" in kinds and not given:
+        return kinds["text"], Path("text")
+    wanted = " or ".join(f"{name}=" for name in kinds if name != "text") or "none"
     if len(given) != 1 or given[0] not in kinds:
         got = " and ".join(f"{name}=" for name in given) or "no file"
         raise ValueError(f"task {task.name!r} wants one file as {wanted}, got {got}")

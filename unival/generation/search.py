@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from unival.model.encoder import EncoderOutput, one_row
 from unival.model.modeling import UnivalForConditionalGeneration
+from unival.vocabulary import BOS, EOS, FIRST_TEXT, PAD, UNK
 
 LogitsConstraint = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,13 +47,104 @@ class Hypothesis:
     positional_scores: list[float]
 
 
-@dataclass
-class _Beams:
-    """State of the search: rows are sentence * K + beam."""
+class Steps:
+    """Log-probabilities of the next token, position after position, with cached keys and values.
 
-    tokens: Tensor  # [B * K, length]
-    scores: Tensor  # [B * K, length], cumulative
-    ignored: Tensor  # bool [B, K], beams that are no longer alive
+    Rows are sentence * copies + copy. The keys and values of cross attention are projected once a
+    sentence, and stay in place when rows are reordered among the copies of their sentence.
+
+    Args:
+        encoder: encoder output of B sentences.
+        copies: rows of each sentence.
+        constraints: called with (tokens [B*K, t] with <s>, logits [B*K, V]) before the softmax.
+        prefix: int64 [B, P], the decoder prompt without <s>, right-padded with pad.
+        code_mask: bool [B], True where image codes are written: specials wait until max_length.
+    """
+
+    def __init__(
+        self,
+        model: UnivalForConditionalGeneration,
+        encoder: EncoderOutput,
+        copies: int,
+        options: SearchOptions,
+        constraints: Sequence[LogitsConstraint] = (),
+        prefix: Tensor | None = None,
+        code_mask: Tensor | None = None,
+    ) -> None:
+        self.model = model
+        self.options = options
+        self.constraints = constraints
+        self.cache = cross_attention_cache(model, encoder, copies)
+        self.encoder = expand_encoder(encoder, copies)
+        self.prefix = None if prefix is None else prefix.repeat_interleave(copies, dim=0)
+        self.code_mask = None if code_mask is None else code_mask.repeat_interleave(copies, dim=0)
+
+    def start(self) -> Tensor:
+        """int64 [B*K, 1], <s> in every row."""
+        states = self.encoder.last_hidden_state
+        return torch.full((states.shape[0], 1), BOS, device=states.device)
+
+    def log_probs(self, tokens: Tensor) -> Tensor:
+        """int64 [B*K, t] with <s>, of which all but the last have been seen, to float [B*K, V]."""
+        decoded = self.model(
+            decoder_input_ids=tokens[:, -1:],
+            encoder_outputs=self.encoder,
+            past_key_values=self.cache,
+            use_cache=True,
+            code_mask=self.code_mask,
+        )
+        logits = decoded.logits[:, -1].float()
+        if self.options.temperature != 1.0:
+            logits = logits / self.options.temperature
+        for constraint in self.constraints:
+            logits = constraint(tokens, logits)
+        return self._adjust(torch.log_softmax(logits, dim=-1), tokens)
+
+    def forced(self, step: int) -> Tensor | None:
+        """int64 [B*K], the prompt's tokens of this step, pad in rows that are past theirs; None
+        where all are."""
+        if self.prefix is None or step >= min(self.prefix.shape[1], self.options.max_length):
+            return None
+        return self.prefix[:, step]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i goes on from what row rows[i] has decoded; both are of one sentence."""
+        self.cache.self_attention_cache.reorder_cache(rows)
+
+    def _adjust(self, log_probs: Tensor, tokens: Tensor) -> Tensor:
+        """Prompt, length, padding and n-gram rules; may write to log_probs."""
+        options, step = self.options, tokens.shape[1] - 1
+        forced = self.forced(step)
+        if forced is not None:
+            log_probs = force_prefix(log_probs, forced, PAD, bool(self.constraints))
+        elif step < options.min_length:
+            log_probs[:, EOS] = -torch.inf
+        log_probs.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        log_probs[:, PAD] = -torch.inf
+        log_probs[:, UNK] -= options.unknown_penalty
+        if step >= options.max_length:
+            ends = log_probs[:, EOS].clone()
+            log_probs.fill_(-torch.inf)
+            log_probs[:, EOS] = ends
+        elif self.code_mask is not None:
+            log_probs[:, :FIRST_TEXT].masked_fill_(self.code_mask[:, None], -torch.inf)
+        if options.no_repeat_ngram_size > 0:
+            ban_repeated_ngrams(log_probs, tokens, options.no_repeat_ngram_size)
+        return log_probs
+
+
+def cross_attention_cache(
+    model: UnivalForConditionalGeneration, encoder: EncoderOutput, copies: int
+) -> EncoderDecoderCache:
+    """An empty cache for `copies` rows a sentence that knows the encoder's keys and values.
+
+    They are projected once a sentence, then repeated.
+    """
+    cross = DynamicCache()
+    for layer in model.decoder.layers:
+        keys_values = layer.cross_attn.project_keys(encoder.last_hidden_state)
+        cross.update(*(x.repeat_interleave(copies, dim=0) for x in keys_values), layer.index)
+    return EncoderDecoderCache(DynamicCache(), cross)
 
 
 def expand_encoder(encoder: EncoderOutput, beams: int) -> EncoderOutput:
@@ -64,16 +156,22 @@ def expand_encoder(encoder: EncoderOutput, beams: int) -> EncoderOutput:
         positions = shared.expand(states.shape[0], -1, -1)
     else:
         positions = positions.repeat_interleave(beams, dim=0)
-    return EncoderOutput(states, encoder.padding_mask.repeat_interleave(beams, dim=0), positions)
+    padding = encoder.padding_mask
+    padding = None if padding is None else padding.repeat_interleave(beams, dim=0)
+    return EncoderOutput(states, padding, positions)
 
 
 def ban_repeated_ngrams(log_probs: Tensor, tokens: Tensor, size: int) -> None:
     """Set to -inf what would repeat an n-gram of a row, <s> and prompt included; in place."""
-    for row, history in enumerate(tokens.tolist()):
-        tail = history[len(history) - size + 1 :]
-        for start in range(len(history) - size + 1):
-            if history[start : start + size - 1] == tail:
-                log_probs[row, history[start + size - 1]] = -torch.inf
+    length = tokens.shape[1]
+    if length < size:
+        return
+    ngrams = tokens.unfold(1, size, 1)  # [rows, length - size + 1, size]
+    tail = tokens[:, length - size + 1 :]
+    repeats = (ngrams[..., :-1] == tail[:, None]).all(dim=-1)
+    floor = torch.full(repeats.shape, torch.inf, dtype=log_probs.dtype, device=log_probs.device)
+    # A token can end several n-grams: the smallest bound on it counts.
+    log_probs.scatter_reduce_(1, ngrams[..., -1], floor.masked_fill(repeats, -torch.inf), "amin")
 
 
 def force_prefix(log_probs: Tensor, prefix: Tensor, pad: int, constrained: bool) -> Tensor:
@@ -88,6 +186,31 @@ def force_prefix(log_probs: Tensor, prefix: Tensor, pad: int, constrained: bool)
     return torch.where(forced[:, None], rows, log_probs)
 
 
+@dataclass
+class _Beams:
+    """State of the search: rows are sentence * K + beam."""
+
+    tokens: Tensor  # [B * K, length]
+    scores: Tensor  # [B * K, length], cumulative
+    ignored: Tensor  # bool [B, K], beams that are no longer alive
+
+
+@dataclass
+class _Finished:
+    """Hypotheses of each sentence in the order they were found, at most `most` of each."""
+
+    most: int
+    found: list[list[Hypothesis]]
+    full: int = 0  # sentences that have all of theirs
+
+    def add(self, sentence: int, hypothesis: Hypothesis) -> None:
+        """Keep a hypothesis unless its sentence has enough."""
+        kept = self.found[sentence]
+        if len(kept) < self.most:
+            kept.append(hypothesis)
+            self.full += len(kept) == self.most
+
+
 @torch.inference_mode()
 def beam_search(
     model: UnivalForConditionalGeneration,
@@ -97,110 +220,57 @@ def beam_search(
     prefix: Tensor | None = None,
     code_mask: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
-    """Search for the best outputs of every row.
-
-    Args:
-        encoder: encoder output of B sentences.
-        constraints: called with (tokens [B*K, t] with <s>, logits [B*K, V]) before the softmax.
-        prefix: int64 [B, P], the decoder prompt without <s>, right-padded with pad.
-        code_mask: bool [B].
+    """Search for the best outputs of every row; arguments are those of Steps.
 
     Returns:
         For every sentence at most beam_size hypotheses, best first.
 
     Raises:
-        ValueError: a sentence cannot end within max_length (its constraint never allows </s>).
+        ValueError: a sentence cannot end within max_length (its constraint never allows </s>), or
+            beam_size is not below the size of the vocabulary.
     """
-    beams = options.beam_size
-    batch = encoder.last_hidden_state.shape[0]
-    device = encoder.last_hidden_state.device
-    config = model.config
-    encoder = expand_encoder(encoder, beams)
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    if prefix is not None:
-        prefix = prefix.repeat_interleave(beams, dim=0)
-    if code_mask is not None:
-        code_mask = code_mask.repeat_interleave(beams, dim=0)
-    start = torch.full((batch * beams, 1), config.decoder_start_token_id, device=device)
+    beams, size = options.beam_size, model.config.vocab_size
+    if beams >= size:
+        raise ValueError(f"beam_size {beams}: the vocabulary has {size} entries")
+    steps = Steps(model, encoder, beams, options, constraints, prefix, code_mask)
+    start = steps.start()
+    batch, device = start.shape[0] // beams, start.device
     state = _Beams(
         start,
         torch.zeros(batch * beams, 0, device=device),
         torch.zeros(batch, beams, dtype=torch.bool, device=device),
     )
-    finished: list[list[Hypothesis]] = [[] for _ in range(batch)]
-    done = [False] * batch
+    finished = _Finished(beams, [[] for _ in range(batch)])
     for step in range(options.max_length + 1):
-        decoded = model(
-            decoder_input_ids=state.tokens[:, -1:],
-            encoder_outputs=encoder,
-            past_key_values=cache,
-            use_cache=True,
-            code_mask=code_mask,
-        )
-        logits = decoded.logits[:, -1].float() / options.temperature
-        for constraint in constraints:
-            logits = constraint(state.tokens, logits)
-        log_probs = torch.log_softmax(logits, dim=-1)
-        log_probs = _adjust(log_probs, state.tokens, step, options, config, prefix, constraints)
-        order = _advance(state, log_probs, step, options, config.eos_token_id, finished, done)
-        if all(done):
+        rows = _advance(state, steps.log_probs(state.tokens), step, options, finished)
+        if finished.full == batch:
             break
-        cache.reorder_cache(order)
-    for sentence, found in enumerate(finished):
+        steps.reorder(rows)
+    for sentence, found in enumerate(finished.found):
         if not found:
             raise ValueError(f"sentence {sentence}: no output can end within {options.max_length}")
-    return [sorted(found, key=lambda h: -h.score)[:beams] for found in finished]
-
-
-def _adjust(
-    log_probs: Tensor,
-    tokens: Tensor,
-    step: int,
-    options: SearchOptions,
-    config: object,
-    prefix: Tensor | None,
-    constraints: Sequence[LogitsConstraint],
-) -> Tensor:
-    """Prompt, length, padding and n-gram rules of one step."""
-    pad, eos, unknown = config.pad_token_id, config.eos_token_id, 3  # type: ignore[attr-defined]
-    if prefix is not None and step < min(prefix.shape[1], options.max_length):
-        log_probs = force_prefix(log_probs, prefix[:, step], pad, bool(constraints))
-    elif step < options.min_length:
-        log_probs[:, eos] = -torch.inf
-    log_probs = log_probs.masked_fill(log_probs.isnan(), -torch.inf)
-    log_probs[:, pad] = -torch.inf
-    log_probs[:, unknown] -= options.unknown_penalty
-    if step >= options.max_length:
-        ends = log_probs[:, eos].clone()
-        log_probs.fill_(-torch.inf)
-        log_probs[:, eos] = ends
-    if options.no_repeat_ngram_size > 0:
-        ban_repeated_ngrams(log_probs, tokens, options.no_repeat_ngram_size)
-    return log_probs
+    return [sorted(found, key=lambda h: -h.score) for found in finished.found]
 
 
 def _advance(
-    state: _Beams,
-    log_probs: Tensor,
-    step: int,
-    options: SearchOptions,
-    eos: int,
-    finished: list[list[Hypothesis]],
-    done: list[bool],
+    state: _Beams, log_probs: Tensor, step: int, options: SearchOptions, finished: _Finished
 ) -> Tensor:
-    """Choose the next beams and collect finished hypotheses; returns the rows they came from."""
+    """Choose the next beams and collect finished hypotheses; returns the rows they came from.
+
+    Writes to log_probs.
+    """
     batch, beams = state.ignored.shape
     classes = log_probs.shape[-1]
     totals = log_probs.view(batch, beams, classes)
     # At the first step all beams are equal, so only the first one counts.
-    totals = totals[:, :1] if step == 0 else totals + state.scores[:, -1].view(batch, beams, 1)
+    totals = totals[:, :1] if step == 0 else totals.add_(state.scores[:, -1].view(batch, beams, 1))
     flat = totals.flatten(1)
     scores, index = flat.topk(min(2 * beams, flat.shape[1] - 1))
     token = index % classes
     row = index // classes + torch.arange(batch, device=index.device)[:, None] * beams
-    ends = (token == eos) & scores.isfinite()
+    ends = (token == EOS) & scores.isfinite()
     ends[:, :beams] &= ~state.ignored
-    _collect(state, scores, row, ends[:, :beams], step, options, eos, finished, done)
+    _collect(state, scores[:, :beams], row[:, :beams], ends[:, :beams], step, options, finished)
 
     ends[:, :beams] |= state.ignored
     candidates = scores.shape[1]
@@ -220,22 +290,18 @@ def _collect(
     ends: Tensor,
     step: int,
     options: SearchOptions,
-    eos: int,
-    finished: list[list[Hypothesis]],
-    done: list[bool],
+    finished: _Finished,
 ) -> None:
-    """Store hypotheses that end here, in candidate order, until a sentence has beam_size."""
-    for sentence, candidate in ends.nonzero().tolist():
-        if done[sentence] or len(finished[sentence]) == options.beam_size:
-            continue
-        source = int(row[sentence, candidate])
-        total = float(scores[sentence, candidate])
-        cumulative = [*state.scores[source].tolist(), total]
-        steps = [b - a for a, b in zip([0.0, *cumulative], cumulative, strict=False)]
-        length = (step + 1) ** options.length_penalty
-        score = total / length if options.normalize_scores else total
-        tokens = [*state.tokens[source, 1:].tolist(), eos]
-        finished[sentence].append(Hypothesis(tokens, score, steps))
-    for sentence, found in enumerate(finished):
-        if len(found) == options.beam_size or step == options.max_length:
-            done[sentence] = True
+    """Store the hypotheses that end here, in candidate order."""
+    sentences = ends.nonzero()[:, 0].tolist()
+    if not sentences:
+        return
+    sources = row[ends]
+    histories = torch.cat([state.scores[sources], scores[ends][:, None]], dim=1).tolist()
+    length = (step + 1) ** options.length_penalty
+    for sentence, words, cumulative in zip(
+        sentences, state.tokens[sources, 1:].tolist(), histories, strict=True
+    ):
+        score = cumulative[-1] / length if options.normalize_scores else cumulative[-1]
+        each = [b - a for a, b in zip([0.0, *cumulative], cumulative, strict=False)]
+        finished.add(sentence, Hypothesis([*words, EOS], score, each))

@@ -31,6 +31,7 @@ class UnivalConfig(PreTrainedConfig):
         attn_scale_factor: scores are scaled by (head width * this)^-1/2.
         scale_resids: a learned scale on the residual of the feed-forward block (off when released).
         sample_patch_num: keep a random subset of at most this many tokens of the medium.
+        num_virtual_tokens: of a soft prompt that is put before every text of the encoder.
         hop_size: STFT hop in samples. Released audio runs: 200.
         audio_dropout: after each pooled block of the audio encoder, in training.
         spec_augment: hide stripes of the spectrogram in training.
@@ -65,6 +66,7 @@ class UnivalConfig(PreTrainedConfig):
         attn_scale_factor: float = 2.0,
         scale_resids: bool = False,
         sample_patch_num: int | None = None,
+        num_virtual_tokens: int = 0,
         image_layers: Sequence[int] | None = (3, 4, 23, 3),
         image_channels: Sequence[int] = (64, 128, 256, 512),
         video_layers: Sequence[int] | None = (3, 4, 23, 3),
@@ -85,6 +87,11 @@ class UnivalConfig(PreTrainedConfig):
             raise ValueError(f"d_model {d_model} is not a multiple of num_heads {num_heads}")
         if image_layers is not None and len(image_channels) < len(image_layers):
             raise ValueError("image_channels needs one entry for each stage of image_layers")
+        if not 0 <= num_virtual_tokens < max_text_positions:
+            raise ValueError(
+                f"num_virtual_tokens {num_virtual_tokens} is not in 0..{max_text_positions - 1}, "
+                "which leaves a place for a text"
+            )
         self.vocab_size = vocab_size
         self.d_model = d_model
         self.ffn_dim = ffn_dim
@@ -102,6 +109,7 @@ class UnivalConfig(PreTrainedConfig):
         self.attn_scale_factor = attn_scale_factor
         self.scale_resids = scale_resids
         self.sample_patch_num = sample_patch_num
+        self.num_virtual_tokens = num_virtual_tokens
         self.image_layers = None if image_layers is None else list(image_layers)
         self.image_channels = list(image_channels)
         self.video_layers = None if video_layers is None else list(video_layers)

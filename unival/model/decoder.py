@@ -58,7 +58,7 @@ class Decoder(nn.Module):
         x = self.token_norm(embedded)
         if code_mask is not None:
             x = torch.where(code_mask[:, None, None], self.code_norm(embedded), x)
-        return F.dropout(x, self.config.dropout, self.training)
+        return F.dropout(x, self.config.dropout, self.token_norm.training)
 
     def text_terms(self, total: int, device: torch.device) -> Tensor:
         """Position embeddings [1, total, D] of text."""

@@ -1,4 +1,8 @@
-"""The encoder: one medium's tokens before the text's, untied positions, relative bias."""
+"""The encoder: one medium's tokens before the text's, untied positions, relative bias.
+
+A soft prompt is virtual tokens of the text, before its first: the same to positions, biases and
+masks as words with these embeddings.
+"""
 
 from __future__ import annotations
 
@@ -121,6 +125,9 @@ class Encoder(nn.Module):
         width = config.d_model
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.soft_prompt: nn.Embedding | None = None
+        if config.num_virtual_tokens:
+            self.soft_prompt = nn.Embedding(config.num_virtual_tokens, width)
         self.type_embedding = nn.Embedding(2, width)
         self.token_norm = LayerNorm(width, config)
         self.patch_norm = LayerNorm(width, config)
@@ -158,6 +165,23 @@ class Encoder(nn.Module):
             self.add_module(f"{name}_encoder", encoder)
             self.add_module(f"{name}_proj", nn.Linear(encoder.out_channels, config.d_model))
             self.add_module(f"{name}_positions", nn.Embedding(cells, config.d_model))
+
+    def set_soft_prompt(self, vectors: Tensor) -> None:
+        """Put virtual tokens [n, D] before every text, as a part of the model and of its config.
+
+        Raises:
+            ValueError: another width, or as many tokens as leave no place for a text.
+        """
+        width, limit = self.config.d_model, self.config.max_text_positions
+        if vectors.ndim != 2 or vectors.shape[1] != width or not 0 < len(vectors) < limit:
+            raise ValueError(
+                f"a soft prompt of {list(vectors.shape)}; wanted [n, {width}] with n from 1 to "
+                f"{limit - 1}"
+            )
+        own = self.embed_tokens.weight
+        vectors = vectors.detach().to(own.device, own.dtype, copy=True)
+        self.soft_prompt = nn.Embedding.from_pretrained(vectors, freeze=False)
+        self.config.num_virtual_tokens = len(vectors)
 
     def media_features(self, medium: str, values: Tensor) -> MediaFeatures:
         """Encode one medium.
@@ -212,13 +236,42 @@ class Encoder(nn.Module):
         if count is not None and count < features.shape[1]:
             features, positions = self.sample_patches(features, positions)
         tokens = getattr(self, f"{medium}_proj")(features) + self.type_embedding.weight[MEDIUM]
-        tokens = F.dropout(self.patch_norm(tokens), self.config.dropout, self.training)
+        tokens = F.dropout(self.patch_norm(tokens), self.config.dropout, self.patch_norm.training)
         return MediaFeatures(tokens, positions, extent)
 
-    def embed_text(self, input_ids: Tensor) -> Tensor:
-        """[B, T] ids to [B, T, D]. Positions are not added: they act through the scores only."""
-        tokens = self.embed_tokens(input_ids) + self.type_embedding.weight[TEXT]
-        return F.dropout(self.token_norm(tokens), self.config.dropout, self.training)
+    def embed_text(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens of the soft prompt and the text [B, n + T, D], and where they are padding.
+
+        Positions are not added: they act through the scores only.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        tokens = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None:
+            padding = attention_mask == 0
+        elif input_ids is not None:
+            padding = input_ids == self.config.pad_token_id
+        else:
+            padding = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if self.soft_prompt is not None:
+            virtual = torch.arange(self.soft_prompt.num_embeddings, device=tokens.device)
+            prompt = self.soft_prompt(virtual).expand(tokens.shape[0], -1, -1)
+            tokens = torch.cat([prompt.to(tokens.dtype), tokens], dim=1)
+            padding = F.pad(padding, (len(virtual), 0), value=False)
+        if tokens.shape[1] > self.config.max_text_positions:
+            virtual_tokens = self.config.num_virtual_tokens
+            own = f" after {virtual_tokens} virtual ones" if virtual_tokens else ""
+            raise ValueError(
+                f"input_ids has {tokens.shape[1] - virtual_tokens} tokens a row{own}; the model's "
+                f"limit is {self.config.max_text_positions}"
+            )
+        tokens = tokens + self.type_embedding.weight[TEXT]
+        # The mode is the norm's, not the encoder's: where only projections are trained, the words
+        # stay what they were.
+        tokens = F.dropout(self.token_norm(tokens), self.config.dropout, self.token_norm.training)
+        return tokens, padding
 
     def relative_biases(self, text: int, media: MediaFeatures | None) -> list[RelativeBias]:
         """Per layer, the biases of text against text and of medium against medium."""
@@ -238,7 +291,7 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         video_values: Tensor | None = None,
@@ -246,22 +299,15 @@ class Encoder(nn.Module):
         media_index: Tensor | None = None,
         patch_mask: Tensor | None = None,
         output_hidden_states: bool = False,
+        inputs_embeds: Tensor | None = None,
         **_: object,
     ) -> EncoderOutput:
         """Encode text and at most one medium; arguments as in UnivalForConditionalGeneration."""
-        batch, length = input_ids.shape
-        if length > self.config.max_text_positions:
-            raise ValueError(
-                f"input_ids has {length} tokens a row; the model's limit is "
-                f"{self.config.max_text_positions}"
-            )
-        device = input_ids.device
-        text = torch.arange(length, device=device)
+        x, padding = self.embed_text(input_ids, attention_mask, inputs_embeds)
+        batch, length = padding.shape
+        text = torch.arange(length, device=x.device)
         positions = self.text_position_norm(self.text_positions(text)).unsqueeze(0)
-        padding = (
-            input_ids == self.config.pad_token_id if attention_mask is None else attention_mask == 0
-        )
-        x, embedded = self.embed_text(input_ids), None
+        embedded = None
         media = {"image": pixel_values, "video": video_values, "audio": audio_values}
         given = [name for name, values in media.items() if values is not None]
         if len(given) > 1:

@@ -155,6 +155,7 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         output_logits: bool = True,
+        inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> UnivalOutput:
         """Run the model on text and at most one medium.
@@ -172,9 +173,12 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             labels: int64 [B, U], -100 where there is no loss.
             encoder_outputs: skips the encoder.
             output_logits: False leaves logits None; a loss is then made without them.
+            inputs_embeds: [B, T, D] instead of input_ids, what the token embedding gives for them;
+                padding is then what attention_mask says alone.
 
         Raises:
-            ValueError: neither decoder inputs nor labels, or a medium without encoder.
+            ValueError: neither decoder inputs nor labels, a medium without encoder, or not one of
+                input_ids and inputs_embeds.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -186,6 +190,7 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 media_index,
                 patch_mask,
                 output_hidden_states,
+                inputs_embeds,
             )
         if decoder_input_ids is None:
             if labels is None:

@@ -13,6 +13,7 @@ from unival.tasks.answer_matching import AnswerMatching
 from unival.tasks.base import Task
 from unival.tasks.grounded_caption import GroundedCaption
 from unival.tasks.grounding import Grounding
+from unival.tasks.image_generation import ImageGeneration
 from unival.tasks.visual_entailment import VisualEntailment
 
 _ALL: tuple[Task, ...] = (
@@ -27,6 +28,7 @@ _ALL: tuple[Task, ...] = (
     video_qa.TASK,
     audio_caption.TASK,
     VisualEntailment(),
+    ImageGeneration(),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -12,6 +13,9 @@ from unival.data.records import Record, RecordError
 from unival.vocabulary import BOS, EOS, IGNORE, Vocabulary
 
 Box = tuple[float, float, float, float]
+
+CONSTRAINTS = ("none", "bins", "codes", "answers")
+SCORINGS = ("beam", "all_candidates")
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,14 @@ class Decoding:
 
     Lengths count the tokens before </s>. With `constraint="answers"` the answer is one of the
     task's `candidates` or, where the task has none, of the data set's answer list; without such a
-    list the search is free. `decoder_prompt` holds after fine-tuning only: see `decoder_prompt()`.
+    list the beam search is free. `decoder_prompt` holds after fine-tuning only: see
+    `decoder_prompt()`.
+
+    `scoring="all_candidates"` compares the log-probabilities of all answers of the list instead of
+    searching. Of the other fields only `max_length`, `temperature` and `decoder_prompt` matter to
+    it, and scores are never divided by the length.
+
+    Raises ValueError, naming the field, for a value that no search can follow.
     """
 
     beam_size: int = 5
@@ -44,18 +55,55 @@ class Decoding:
     min_length: int = 1
     no_repeat_ngram_size: int = 0
     normalize_scores: bool = True
-    constraint: str = "none"  # none | bins | answers
+    length_penalty: float = 1.0  # normalized scores are divided by length ** length_penalty
+    temperature: float = 1.0  # logits are divided by it
+    top_k: int | None = None  # draw one output among this many likeliest tokens, without a search
+    constraint: str = "none"  # none | bins | codes | answers
+    scoring: str = "beam"  # beam | all_candidates
     decoder_prompt: bool = False  # repeat the question in front of the answer
+
+    def __post_init__(self) -> None:
+        if self.beam_size < 1:
+            raise ValueError(f"beam_size is at least 1, got {self.beam_size}")
+        if self.min_length < 1:
+            raise ValueError(f"min_length is at least 1, got {self.min_length}")
+        if self.max_length < self.min_length:
+            raise ValueError(
+                f"max_length is at least min_length {self.min_length}, got {self.max_length}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is at least 1, got {self.top_k}")
+        if self.no_repeat_ngram_size < 0:
+            raise ValueError(f"no_repeat_ngram_size is at least 0, got {self.no_repeat_ngram_size}")
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty is a finite number, got {self.length_penalty}")
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is a finite number above 0, got {self.temperature}")
+        for name, known in (("constraint", CONSTRAINTS), ("scoring", SCORINGS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}, got {value!r}")
+        if self.scoring == "all_candidates" and self.constraint != "answers":
+            raise ValueError(
+                f"scoring 'all_candidates' needs constraint 'answers', got {self.constraint!r}"
+            )
+        if self.scoring == "all_candidates" and self.normalize_scores:
+            raise ValueError("scoring 'all_candidates' sums: normalize_scores must be False")
 
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a task may draw from beside its record. `answers_by_type` maps a type to its answers."""
+    """What a task may draw from beside its record.
+
+    answers_by_type  maps a type to its answers
+    allowed_answers  the only answers that a target may be; None where all may
+    """
 
     negative_captions: Sequence[str] = ()
     objects: Sequence[str] = ()
     answers_by_type: dict[str, list[str]] = field(default_factory=dict)
     fine_tuning: bool = False
+    allowed_answers: frozenset[str] | None = None
 
     @cached_property
     def type_of_answer(self) -> dict[str, str]:
@@ -141,6 +189,11 @@ def assemble(
 def decoder_prompt(task: Task, source: list[int], fine_tuning: bool) -> list[int]:
     """What the decoder starts from at inference: <s>, or <s> and the question."""
     return source[:-1] if fine_tuning and task.decoding.decoder_prompt else [BOS]
+
+
+def with_decoding(task: Task, decoding: Decoding) -> Task:
+    """The task with another way to search for its answer."""
+    return replace(task, decoding=decoding)  # type: ignore[type-var]  # every task is a dataclass
 
 
 def draw_other(rng: random.Random, items: Sequence[str], taken: str) -> str:

@@ -13,9 +13,12 @@ from unival.vocabulary import Vocabulary
 
 WORD_OF_LABEL = {"contradiction": "no", "entailment": "yes", "neutral": "maybe"}
 
-# With as many beams as candidates the search is exact: it equals scoring each of the three words.
 SEARCH = Decoding(
-    beam_size=3, max_length=4, normalize_scores=False, constraint="answers", decoder_prompt=True
+    max_length=4,
+    normalize_scores=False,
+    constraint="answers",
+    scoring="all_candidates",
+    decoder_prompt=True,
 )
 
 

@@ -26,14 +26,17 @@ from unival.data.sampler import LoaderState, RecordStream
 from unival.data.shards import TarShards
 from unival.data.sources import open_table
 from unival.data.tsv import TsvTable
+from unival.data_gpu.inspect import inspect_image
 from unival.data_gpu.quarantine import Quarantine
 from unival.generation.constraints import Trie
 from unival.generation.generate import answer_list
 from unival.tasks import TASKS
-from unival.tasks.base import Box, Example, TaskContext
+from unival.tasks.base import Box, Example, TaskContext, require
 from unival.training.options import MicroBatch, Mixture, Run, Stage
+from unival.training.scst import Reference, scst_task
 from unival.vocabulary import BOS, IGNORE, Vocabulary
 
+CODES_TASK = "image_generation"  # its decoder writes image codes
 FREE = -2  # where a target is not constrained; no state of a trie
 ATTEMPTS = 16  # substitutes tried for one bad sample
 Examples = list[tuple[str, Example]]  # of one row, with the names of their tasks
@@ -45,6 +48,7 @@ class Batch:
 
     group    the micro-batch of the config that the pass is a part of
     samples  what it was made of, for a person: source, id, file and row
+    references  what the outputs of every row are rewarded by, in self-critical training
     """
 
     tensors: dict[str, Tensor]
@@ -53,6 +57,7 @@ class Batch:
     medium: str
     group: int = 0
     samples: list[dict[str, str | int]] = field(default_factory=list)
+    references: list[Reference] = field(default_factory=list)
 
 
 def read_context(folder: str | None, fine_tuning: bool) -> TaskContext:
@@ -141,6 +146,7 @@ class Usable:
     medium: Tensor
     examples: Examples
     sample: dict[str, str | int]
+    reference: Reference | None = None
 
 
 class BatchMaker:
@@ -262,10 +268,14 @@ class BatchMaker:
             tasks += [name for name, _ in usable.examples]
         media = [usable.medium for usable in filled]
         tensors = collate(examples, media, micro.medium, lengths=self.lengths)
+        codes = [name == CODES_TASK for name in tasks]
+        if any(codes):
+            tensors["code_mask"] = torch.tensor(codes)
         if self.trie is not None:
             tensors["answer_states"] = answer_states(self.trie, examples, tensors["labels"])
         samples = [usable.sample for usable in filled]
-        return Batch(tensors, tasks, micro.weight, micro.medium, group, samples)
+        references = [usable.reference for usable in filled if usable.reference is not None]
+        return Batch(tensors, tasks, micro.weight, micro.medium, group, samples, references)
 
     def _fill(self, rows: Sequence[Row], medium: str) -> list[Usable]:
         """What each row gives, or a substitute where the row is unusable."""
@@ -300,6 +310,7 @@ class BatchMaker:
                 if isinstance(medium_of_row, RecordError):
                     raise medium_of_row
                 made = self._examples(row, record, medium_of_row.box)
+                reference = self._reference(record)
             except RecordError as error:
                 self._refuse(row, record.id, error)
                 continue
@@ -310,7 +321,7 @@ class BatchMaker:
                 "file": str(origin.file),
                 "row": origin.row,
             }
-            usable[index] = Usable(medium_of_row.tensor, made, sample)
+            usable[index] = Usable(medium_of_row.tensor, made, sample, reference)
             self.quarantine.count(row.mix.source)
         return usable
 
@@ -345,6 +356,20 @@ class BatchMaker:
 
     def _seed(self, row: Row) -> str:
         return f"{self.run.seed}/{self.stage.name}/{row.mix.source}/{row.position}"
+
+    def _reference(self, record: Record) -> Reference | None:
+        """What an output is rewarded by; None outside of self-critical training."""
+        if self.stage.scst is None:
+            return None
+        if self.stage.scst.reward == "cider_d":
+            texts = TASKS[scst_task(self.stage)].references(record)
+            worded = tuple(text for text in texts if text.split())
+            if not worded:
+                raise RecordError(record.origin, "captions", "hold no word")
+            return Reference(worded, None, None)
+        box = require(record, "box")
+        found = inspect_image(record.media, self.run.loading.limits)
+        return Reference((), box, (found.width, found.height))
 
     def _examples(self, row: Row, record: Record, box: Box | None) -> Examples:
         wanted, seed = row.mix.tasks, self._seed(row)

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from unival.data.sampler import LoaderState
 from unival.files import to_disk, write_json, write_text
+from unival.training.adapters import merged_state, save_adapter
 from unival.training.engine import Engine
 from unival.training.probe import probe_batches, probe_loss
 from unival.training.zero_state import (
@@ -263,7 +264,7 @@ class StageFolder:
 
     def finish(self, source: Path) -> None:
         """Copy the model of the last checkpoint and then say that the stage has ended (rank 0)."""
-        for name in ("model", "model_ema"):
+        for name in ("model", "model_ema", "model_adapter", "model_ema_adapter"):
             if (source / name).is_dir():
                 shutil.rmtree(self.path / name, ignore_errors=True)
                 shutil.copytree(source / name, self.path / name)
@@ -423,7 +424,11 @@ class Saver:
         sections = {"model": "master", "model_ema": "average"}
         for name, section in sections.items():
             if section in state["sections"]:
-                self._export(beside / name, checkpoint.weights(section))
+                weights, adapter = checkpoint.weights(section), self.engine.stage.adapter
+                if adapter is not None:
+                    save_adapter(weights, adapter, beside / f"{name}_adapter")
+                    weights = merged_state(weights, adapter)
+                self._export(beside / name, weights)
         state["files"] = {}
         for path in sorted(beside.rglob("*")):
             if path.is_file():

@@ -13,9 +13,12 @@ from unival.data.shards import TarShards
 from unival.data.tsv import TsvTable
 from unival.model.loading import load_model
 from unival.tasks import TASKS
+from unival.training import scst
 from unival.training.batches import open_sources, stage_media
+from unival.training.deepspeed_config import deepspeed_config, zero_stage_of
 from unival.training.freezing import RULES
 from unival.training.options import MicroBatch, Run, Stage, decoding_of
+from unival.vocabulary import FIRST_TEXT
 
 CHOICES = {
     "precision": ("fp32", "bf16", "fp16"),
@@ -120,8 +123,13 @@ def _check_stage(run: Run, stage: Stage, world_size: int) -> None:
             f"{where}: weights.text are BART's, whose vocabulary is in BART's order: wanted "
             f"text_order=bart with dict_path, not {run.text_order!r}"
         )
+    mixtures = [mix for micro in stage.micro_batches for mix in micro.mixture]
+    if stage.adapter is not None and stage.freeze:
+        raise ValueError(f"{where}: an adapter is trained alone; wanted no freeze beside it")
+    limits = stage.constraint_range
+    if limits is not None and (len(limits) != 2 or not FIRST_TEXT <= limits[0] < limits[1]):
+        raise ValueError(f"{where}: constraint_range={limits}; wanted [first id, last id + 1]")
     if stage.constrain_answers:
-        mixtures = [mix for micro in stage.micro_batches for mix in micro.mixture]
         asked = {task for mix in mixtures for task in mix.tasks or ["any"]}
         constrained = [n for n in asked if n in TASKS and TASKS[n].decoding.constraint == "answers"]
         if len(asked) != 1 or not constrained:
@@ -129,6 +137,11 @@ def _check_stage(run: Run, stage: Stage, world_size: int) -> None:
                 f"{where}: constrain_answers wants every mixture's `tasks` to name one task that "
                 f"answers from a list; they name {', '.join(sorted(asked))}"
             )
+    if stage.scst is not None:
+        scst.check_stage(run, stage, zero_stage_of(deepspeed_config(run, stage)))
+        name = scst.scst_task(stage)
+        search = (decoding_of(stage, name), stage_media(run, stage), run.text_lengths)
+        scst.check_search(stage.scst, TASKS[name], *search)
     for task in stage.decoding:
         _known(f"{where}: decoding", task, tuple(TASKS))
         decoding_of(stage, task)
@@ -139,7 +152,6 @@ def _check_stage(run: Run, stage: Stage, world_size: int) -> None:
         raise ValueError(f"{where} has no micro_batches")
     for micro in stage.micro_batches:
         _check_micro_batch(run, where, stage, micro, world_size)
-    mixtures = [mix for micro in stage.micro_batches for mix in micro.mixture]
     named = set(stage.evaluate) | {task for mix in mixtures for task in mix.tasks}
     for name in sorted(named - TASKS.keys()):
         raise ValueError(f"{where}: unknown task {name!r}; known: {', '.join(TASKS)}")

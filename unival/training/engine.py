@@ -30,7 +30,7 @@ from unival.training.deepspeed_config import (
     zero_stage_of,
 )
 from unival.training.ema import Average
-from unival.training.freezing import freeze
+from unival.training.freezing import describe_trainable, freeze, set_modes
 from unival.training.losses import Criterion
 from unival.training.options import Run, Stage
 from unival.training.parts import PartClock
@@ -183,11 +183,13 @@ class Engine:
         config = deepspeed_config(run, stage)
         self.precision = precision_of(config)
         self._prepare(model, zero_stage_of(config))
+        limits = stage.constraint_range
         self.criterion = Criterion(
             label_smoothing=stage.label_smoothing,
             log_end=stage.log_end,
             drop_worst_ratio=stage.drop_worst_ratio,
             drop_worst_after=stage.drop_worst_after,
+            constraint_range=None if limits is None else (limits[0], limits[1]),
         )
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         trained = [p for p in self.names if p.requires_grad]
@@ -229,9 +231,11 @@ class Engine:
     def _prepare(self, model: UnivalForConditionalGeneration, zero_stage: int) -> None:
         run, stage = self.run, self.stage
         set_batchnorm_statistics(model, run.batchnorm)  # type: ignore[arg-type]
-        counts = freeze(model, stage.freeze, [micro.medium for micro in stage.micro_batches])
-        whole = sum(counts.values())
-        log.info("stage %s trains %d of %d parameters", stage.name, counts["trained"], whole)
+        # After batch norm's mode, which says anew what of it has gradients.
+        rules = stage.freeze if stage.adapter is None else [*stage.freeze, "all_but_adapter"]
+        freeze(model, rules, [micro.medium for micro in stage.micro_batches])
+        if self.world.rank == 0:
+            log.info("stage %s trains\n%s", stage.name, describe_trainable(model))
         for stack in (model.encoder, model.decoder):
             stack.gradient_checkpointing = run.recompute
         if run.compile != "off":
@@ -266,7 +270,7 @@ class Engine:
             agreed_stop, agreed_failed = self._stop, self._failed
             self.keep_running_statistics()
         self.seed(update)
-        self.deepspeed.train()
+        self.set_modes()
         if self.run.compile == "cuda_graphs":  # what an earlier step's graphs put out may go
             torch.compiler.cudagraph_mark_step_begin()
         if self.scheduler is None:
@@ -297,6 +301,11 @@ class Engine:
         result.grad_norm, result.finite, result.scaling = norm, finite, scaling
         result.stop, result.failed = agreed_stop, agreed_failed
         return result
+
+    def set_modes(self) -> None:
+        """Training mode, but for frozen modules where the stage wants them in eval mode."""
+        self.deepspeed.train()
+        set_modes(self.model, self.stage.frozen_in_eval)
 
     def keep_running_statistics(self) -> None:
         """Remember batch norm's running statistics; a step that is refused must not move them."""

@@ -78,7 +78,7 @@ def diagnose(engine: Engine, batches: list[Batch], update: int) -> list[dict[str
         module, from the loss back, whose output's gradient is the first that is not.
     """
     engine.seed(update)
-    engine.deepspeed.train()
+    engine.set_modes()
     found = []
     for batch in engine.passes(batches, update)[0]:
         watch = _Watch(engine.model)

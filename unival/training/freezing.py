@@ -1,9 +1,11 @@
-"""What is not trained, by names that configs use."""
+"""What is not trained, by names that configs use, and how it behaves while the rest is."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+
+from torch import nn
 
 from unival.model.modeling import UnivalForConditionalGeneration
 
@@ -11,6 +13,7 @@ MEDIA = ("image", "video", "audio")
 _CONNECTIONS = r"encoder\.(image|video|audio)_proj\."
 _MEDIA_ENCODERS = r"encoder\.(image|video|audio)_encoder\."
 _GRID_POSITIONS = r"encoder\.(image|video|audio)_positions\."
+_ADAPTER = r".*\.lora_[AB]\.|encoder\.soft_prompt\."
 
 # Each rule freezes the parameters whose names match from their beginning.
 RULES = {
@@ -27,6 +30,21 @@ RULES = {
     "all_but_connections": rf"(?!{_CONNECTIONS})",
     # ... with the position tables of the media, as the released runs of it did.
     "all_but_connections_and_positions": rf"(?!{_CONNECTIONS}|{_GRID_POSITIONS})",
+    # LoRA's factors or the soft prompt.
+    "all_but_adapter": rf"(?!{_ADAPTER})",
+}
+
+# The parts that a model's parameters are counted by: each goes to the first that matches.
+PARTS = {
+    "adapter": _ADAPTER,
+    "image encoder": r"encoder\.image_encoder\.",
+    "video encoder": r"encoder\.video_encoder\.",
+    "audio encoder": r"encoder\.audio_encoder\.",
+    "projections": _CONNECTIONS,
+    "media positions": _GRID_POSITIONS,
+    "embeddings": r"encoder\.embed_tokens\.",
+    "encoder": r"encoder\.",
+    "decoder": r"decoder\.",
 }
 
 
@@ -59,3 +77,50 @@ def freeze(
     if not counts["trained"]:
         raise ValueError(f"freeze: {', '.join(rules)} leave nothing to train")
     return counts
+
+
+def set_modes(model: nn.Module, frozen_in_eval: bool) -> None:
+    """Put a model into training mode, and what is frozen into evaluation mode if asked to.
+
+    In evaluation mode batch norm keeps its running statistics and norms by them, and there is no
+    dropout, stochastic depth or masking of spectrograms. A module is frozen that has parameters, of
+    which none is trained; what lies inside it, and has none, follows it. The released runs left
+    everything in training mode.
+    """
+    model.train()
+    if frozen_in_eval and _rest(model) is False:
+        model.eval()
+
+
+def _rest(module: nn.Module) -> bool | None:
+    """Put what is frozen inside a module into evaluation mode.
+
+    Returns:
+        Whether anything in the module is trained; None where it has no parameters.
+    """
+    inside = [(child, _rest(child)) for child in module.children()]
+    found = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+    found += [trained for _, trained in inside if trained is not None]
+    if any(found):
+        for child, trained in inside:
+            if trained is False:
+                child.eval()
+    return any(found) if found else None
+
+
+def describe_trainable(model: nn.Module) -> str:
+    """A table of how many parameters of each part of a model are trained and frozen.
+
+    To be asked before ZeRO 3 takes the parameters apart.
+    """
+    counts = {part: [0, 0] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, pattern in PARTS.items() if re.match(pattern, name))
+        counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
+    trained, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
+    rows = [(part, *found) for part, found in counts.items() if sum(found)]
+    lines = [f"{part:<16}{a:>14,}{b:>14,}" for part, a, b in [*rows, ("total", trained, frozen)]]
+    share = 100 * trained / max(trained + frozen, 1)
+    return "\n".join(
+        [f"{'':<16}{'trained':>14}{'frozen':>14}", *lines, f"{share:.3f} % are trained"]
+    )

@@ -8,6 +8,8 @@ from typing import Any
 from unival.data.media import Loading, MediaOptions
 from unival.tasks import TASKS
 from unival.tasks.base import Decoding
+from unival.training.adapters import Adapter
+from unival.training.scst import Scst
 
 
 @dataclass
@@ -76,7 +78,8 @@ class Stage:
     media           fields of the run's `media` that this stage has otherwise
     fine_tuning     prompts and targets of fine-tuning instead of pretraining
     constrain_answers  the loss is over the answers of the list alone, as the search is
-    scst            self-critical training: the model's own outputs, weighted by their reward
+    scst            self-critical training: the loss is of the model's own outputs, by their reward
+    constraint_range  first id, one past the last: the loss is over those ids and the specials
     evaluate        tasks measured on the stage's model; before the run, on the first model. On the
                     sources of split val, or, where a run has none, on all of split train
     decoding        by task, fields of unival.tasks.base.Decoding that its search has otherwise
@@ -94,6 +97,7 @@ class Stage:
     weights: dict[str, str] = field(default_factory=dict)
     freeze: list[str] = field(default_factory=list)
     frozen_in_eval: bool = True
+    adapter: Adapter | None = None
     ema_decay: float | None = None
     media: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-4
@@ -102,6 +106,8 @@ class Stage:
     clip_norm: float = 5.0
     fine_tuning: bool = False
     constrain_answers: bool = False
+    constraint_range: list[int] | None = None
+    scst: Scst | None = None
     label_smoothing: float = 0.0
     log_end: float | None = None
     drop_worst_ratio: float = 0.0

@@ -35,6 +35,7 @@ def step_flops(config: UnivalConfig, batches: Sequence[Batch]) -> int:
 
 def _forward(config: UnivalConfig, tensors: Mapping[str, Tensor]) -> int:
     rows, text = tensors["input_ids"].shape
+    text += config.num_virtual_tokens
     target = tensors["decoder_input_ids"].shape[1]
     total = tokens = channels = 0
     for medium, key in MEDIUM_KEYS.items():

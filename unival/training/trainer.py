@@ -9,7 +9,8 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from unival.config import load_config, save_config
 from unival.convert.parts import initialise
+from unival.data.records import RecordError
 from unival.data.sampler import LoaderState
 from unival.data.shards import TarShards, expand
 from unival.data.tsv import TsvTable
@@ -28,7 +30,10 @@ from unival.files import write_json
 from unival.model.configuration import UnivalConfig
 from unival.model.loading import load_model, with_config
 from unival.model.modeling import UnivalForConditionalGeneration
+from unival.tasks import TASKS
+from unival.tasks.base import Task
 from unival.training import throughput
+from unival.training.adapters import add_adapter
 from unival.training.batches import (
     Batch,
     BatchMaker,
@@ -48,6 +53,13 @@ from unival.training.engine import Engine, StepResult, World, init_distributed
 from unival.training.faults import NonFiniteError, Preempted, diagnose, on_request
 from unival.training.logs import RunLog, memory_gib
 from unival.training.options import Run, Stage, decoding_of, measured_sources
+from unival.training.scst import (
+    Scst,
+    SelfCritical,
+    document_frequencies,
+    scst_task,
+    step_generator,
+)
 from unival.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -90,6 +102,14 @@ def make_model(run: Run, stage: Stage, previous: Path | None) -> UnivalForCondit
         filled = initialise(model, part, path)
         log.info("%s: %d tensors of %s", stage.name, len(filled), path)
     return model
+
+
+def make_vocabulary(run: Run) -> Vocabulary:
+    """That of the model which the run starts from; where that is none, the config's."""
+    start = run.stages[0].init_from
+    if start is not None and (Path(start) / "tokenizer.json").is_file():
+        return Vocabulary.from_pretrained(start)
+    return Vocabulary(run.text_order, run.dict_path)
 
 
 def check_media(run: Run, stage: Stage, model: UnivalForConditionalGeneration) -> None:
@@ -218,7 +238,7 @@ def train(run: Run) -> Path:
     run = with_steps(run, tables)
     folder = Path(run.output)
     begin(run, folder, world, tables)
-    vocabulary = Vocabulary(run.text_order, run.dict_path)
+    vocabulary = make_vocabulary(run)
     run_log = None
     if world.rank == 0:
         total = sum(stage.steps for stage in run.stages)
@@ -239,6 +259,9 @@ def train(run: Run) -> Path:
                 before = [s for s in run.stages if s.evaluate]
                 out = folder / "evaluation_before"
                 measure(run, before, model, vocabulary, out, tables, world)
+            if stage.adapter is not None:
+                torch.manual_seed(run.seed)  # measuring may have used random numbers
+                add_adapter(model, stage.adapter, vocabulary)
             shared = Shared(run, vocabulary, world, tables, asked, run_log)
             StageRun(shared, stage, model, place, done).train()
             chosen = place.latest()
@@ -282,6 +305,16 @@ class Shared:
     log: RunLog | None
 
 
+def _captions(task: Task, tables: Sequence[TsvTable | TarShards]) -> Iterator[list[str]]:
+    """The captions of each medium of some tables; what cannot be read is met in training."""
+    for table in tables:
+        for index in range(len(table)):
+            with suppress(RecordError):
+                worded = [text for text in task.references(table[index]) if text.split()]
+                if worded:
+                    yield worded
+
+
 class StageRun:
     """One stage from its last checkpoint to its end."""
 
@@ -300,6 +333,7 @@ class StageRun:
         self.folder = place.path.parents[1]
         self.trie = answer_trie(self.run, stage, self.vocabulary)
         self.engine = Engine(model, self.run, stage, self.world, self.trie)
+        self.critic = None if stage.scst is None else self._critic(stage.scst)
         self.saver = Saver(self.engine, place, self.vocabulary, self.run.keep, self.run.keep_best)
         self.refused_in_row = self.refused = self.rollbacks = 0
         self._saved = -1  # the step of the last checkpoint
@@ -345,6 +379,7 @@ class StageRun:
             maker.steps(done, self.stage.steps), start=done + 1
         ):
             waited = time.monotonic() - began
+            batches = self._rewritten(batches, update)
             self.engine.request(stop=self.asked.is_set(), failed=self.saver.failed)
             result = self.engine.step(batches, update)
             if result.failed:
@@ -363,6 +398,39 @@ class StageRun:
             self._save_if_due(update, state, result.stop)
             began = time.monotonic()
         return self.stage.steps, state
+
+    def _critic(self, options: Scst) -> SelfCritical:
+        stage, name = self.stage, scst_task(self.stage)
+        frequencies = None
+        if options.reward == "cider_d":
+            used = {mix.source for micro in stage.micro_batches for mix in micro.mixture}
+            captions = _captions(TASKS[name], [self.tables[source] for source in sorted(used)])
+            frequencies = document_frequencies(options, captions)
+        return SelfCritical(
+            options,
+            TASKS[name],
+            self.vocabulary,
+            decoding_of(stage, name),
+            stage_media(self.run, stage),
+            self.run.text_lengths,
+            frequencies,
+        )
+
+    def _rewritten(self, batches: list[Batch], update: int) -> list[Batch]:
+        """In self-critical training the model's own outputs, weighted by their rewards."""
+        if self.critic is None:
+            return batches
+        engine, rank = self.engine, self.world.rank
+        generator = step_generator(self.run.seed, self.stage.name, update, rank, engine.device)
+        found = []
+        with engine.clock.part("outputs"):
+            for batch in batches:
+                rewritten, measured = self.critic.rewrite(
+                    engine.model, batch, batch.references, generator
+                )
+                found.append(rewritten)
+                self.interval.rewarded(measured)
+        return found
 
     def _save_if_due(self, update: int, state: LoaderState, stop: bool) -> None:
         if stop or (update % self.run.checkpoint_every == 0 and update < self.stage.steps):
@@ -479,7 +547,13 @@ class Interval:
         self.loss = self.waited = self.seconds = self.flops = 0.0
         self.samples = self.tokens = 0
         self.tasks: dict[str, list[float]] = defaultdict(list)
+        self.rewards: dict[str, list[float]] = defaultdict(list)
         self.grad_norm = float("nan")
+
+    def rewarded(self, measured: Mapping[str, float]) -> None:
+        """Take in what one pass of self-critical training measured on this rank."""
+        for name, value in measured.items():
+            self.rewards[name].append(value)
 
     def add(self, result: StepResult, waited: float, seconds: float, batches: list[Batch]) -> None:
         """Take in a step; a refused one has no loss to average."""
@@ -507,6 +581,7 @@ class Interval:
         found = {
             "loss": self.loss / self.updates if self.updates else float("nan"),
             "tasks": {name: sum(v) / len(v) for name, v in self.tasks.items()},
+            "rewards": {name: sum(v) / len(v) for name, v in self.rewards.items()},
             "grad_norm": self.grad_norm,
             "samples_per_second": self.samples / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,

@@ -1,8 +1,51 @@
 """One command a data set: from a publisher's files to our shards."""
 
-from unival.data.prepare import coco_caption
+from unival.data.prepare import (
+    activitynet,
+    audiocaps,
+    clotho,
+    coco_caption,
+    coco_image_generation,
+    gqa,
+    msrvtt,
+    msvd_qa,
+    nocaps,
+    okvqa,
+    refcoco,
+    snli_ve,
+    visual_genome,
+    vizwiz,
+    vqav2,
+    web_captions,
+    webvid,
+)
 from unival.data.prepare.base import DataSet
 
 DATASETS: dict[str, DataSet] = {
     "coco_caption": coco_caption.DATASET,
+    "nocaps": nocaps.DATASET,
+    "vqav2": vqav2.DATASET,
+    "okvqa": okvqa.DATASET,
+    "vizwiz": vizwiz.DATASET,
+    "refcoco": refcoco.REFCOCO,
+    "refcocoplus": refcoco.REFCOCO_PLUS,
+    "refcocog": refcoco.REFCOCOG,
+    "snli_ve": snli_ve.DATASET,
+    "coco_image_generation": coco_image_generation.DATASET,
+    "vg_caption": visual_genome.CAPTIONS,
+    "vg_regions": visual_genome.REGIONS,
+    "vg_qa": visual_genome.QUESTIONS,
+    "gqa": gqa.DATASET,
+    "sbu": web_captions.SBU,
+    "cc3m": web_captions.CC3M,
+    "cc12m": web_captions.CC12M,
+    "webvid_2m": webvid.WEBVID_2M,
+    "webvid_10m": webvid.WEBVID_10M,
+    "webvid_qa": webvid.WEBVID_QA,
+    "msrvtt_caption": msrvtt.CAPTIONS,
+    "msrvtt_qa": msrvtt.QUESTIONS,
+    "msvd_qa": msvd_qa.DATASET,
+    "activitynet_caption": activitynet.DATASET,
+    "audiocaps": audiocaps.DATASET,
+    "clotho": clotho.DATASET,
 }

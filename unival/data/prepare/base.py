@@ -6,24 +6,27 @@ import csv
 import hashlib
 import io
 import json
-import random
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from unival.data import pickles
-from unival.data.files import resolve_media
+from unival.data.files import RangeReader, resolve_media
 from unival.data.records import Origin, Record, RecordError
-from unival.data.shards import make_record
+from unival.data.shards import MEDIA_SUFFIXES, make_record
 from unival.data.tools.running import stamp
 from unival.data.tools.shard import Made, Table, write_shards
 from unival.files import write_json
 
 SUMMARY = "prepared.json"
 NAMED = 5  # bad rows that are printed
+MAX_LINE = 1 << 17  # bytes; a longer line of a CSV file is taken for several
 BREAKS = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
 
 
@@ -76,56 +79,9 @@ class Source:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not JSON: {error}") from error
 
-    def json_lines(self, *names: str) -> Iterator[tuple[Origin, dict]]:
-        """The objects of a file with one JSON object a line. Blank lines are passed over.
-
-        Raises:
-            RecordError: a line is none; it names the line.
-        """
-        path = self.find(*names)
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines):
-                if not line.strip():
-                    continue
-                origin = Origin(str(path), number)
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise RecordError(origin, "line", f"not JSON: {error}") from error
-                if not isinstance(value, dict):
-                    raise RecordError(origin, "line", f"{type(value).__name__}, not an object")
-                yield origin, value
-
-    def table(
-        self, *names: str, columns: Sequence[str], delimiter: str = ",", header: bool = True
-    ) -> Iterator[tuple[Origin, dict[str, str]]]:
-        """The rows of a CSV or TSV file as dictionaries.
-
-        Args:
-            columns: with a header, those that must be there; without, the names of all in order.
-
-        Raises:
-            ValueError: a column is missing in the header.
-            RecordError: a row has not as many columns as the header.
-        """
-        path = self.find(*names)
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            # Without a header there is no quoting: a caption may begin with a quotation mark.
-            rows = (
-                csv.reader(file, delimiter=delimiter)
-                if header
-                else csv.reader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE)
-            )
-            found = next(rows, []) if header else list(columns)
-            missing = [name for name in columns if name not in found]
-            if missing:
-                raise ValueError(f"{path}: no column {missing[0]!r}; there are {', '.join(found)}")
-            for number, row in enumerate(rows):
-                origin = Origin(str(path), number)
-                if len(row) != len(found):
-                    problem = f"{len(row)} columns; {len(found)} are needed"
-                    raise RecordError(origin, "row", problem)
-                yield origin, dict(zip(found, row, strict=True))
+    def csv_rows(self, *names: str, columns: Sequence[str]) -> CsvRows:
+        """The rows of a CSV file with a header that names at least these columns."""
+        return CsvRows(self.find(*names), columns)
 
     def pickle(self, *names: str) -> tuple[Path, Any]:
         """What a pickle of plain data holds; see `pickles.load_plain`."""
@@ -136,6 +92,115 @@ class Source:
         """The lines of a text that are not blank."""
         text = self.find(*names).read_text(encoding="utf-8-sig")
         return [line for line in text.splitlines() if line.strip()]
+
+
+class CsvRows:
+    """The rows of a CSV file with a header, each read when it is asked for; 8 bytes of each are
+    held. Fields in quotation marks may hold commas and line breaks; blank lines are no rows.
+
+    `rows[i]` maps columns to texts; RecordError where the row has not as many as the header, or
+    is no UTF-8 or no CSV. A quotation mark without its other costs no more than the rows within
+    the next 131,072 characters, which become one that cannot be read.
+
+    Args:
+        path: of the file.
+        columns: that the header must have.
+
+    Raises:
+        ValueError: the header lacks a column.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path = path
+        self._reader = RangeReader(path)
+        self._starts = _row_starts(path)
+        self._header: list[str] = []
+        if len(self._starts) > 1:
+            self._header = self._parse(0, "utf-8-sig", Origin(str(path), "header"))
+        missing = [name for name in columns if name not in self._header]
+        if missing:
+            found = ", ".join(self._header)
+            raise ValueError(f"{path}: no column {missing[0]!r}; there are {found or 'none'}")
+
+    def __len__(self) -> int:
+        return len(self._starts) - 2
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        row = range(len(self))[index]
+        fields = self._parse(row + 1, "utf-8", self.origin(row))
+        if len(fields) != len(self._header):
+            problem = f"{len(fields)} columns; {len(self._header)} are needed"
+            raise RecordError(self.origin(row), "row", problem)
+        return dict(zip(self._header, fields, strict=True))
+
+    def origin(self, row: int) -> Origin:
+        return Origin(str(self.path), row)
+
+    def _parse(self, line: int, encoding: str, origin: Origin) -> list[str]:
+        start, end = self._starts[line], self._starts[line + 1]
+        data = self._reader.read(start, end - start, origin)
+        try:
+            rows = csv.reader(io.StringIO(data.decode(encoding), newline=""))
+            return next(filter(None, rows), [])  # blank lines may come first
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise RecordError(origin, "row", str(error)) from error
+
+
+def _row_starts(path: Path) -> array:
+    """int64 [rows + 1]: where each row of a CSV file starts, then where the last one ends."""
+    starts = array("q", [0])
+    position = 0
+
+    def lines(file: io.BufferedReader) -> Iterator[str]:
+        nonlocal position
+        while line := file.readline(MAX_LINE):
+            position += len(line)
+            yield line.decode("latin-1")  # marks and breaks are the same bytes in UTF-8
+
+    with open(path, "rb") as file:
+        rows = csv.reader(lines(file))
+        while True:
+            try:
+                if next(rows):
+                    starts.append(position)
+            except csv.Error:
+                starts.append(position)
+            except StopIteration:
+                return starts
+
+
+class MediaFiles:
+    """The media in some folders, by their names without suffix.
+
+    Args:
+        root: the media folder.
+        medium: image, video or audio.
+        folders: below `root`, "" for `root` itself; of two media of one name that of the earlier
+            folder counts. Those that are not there are passed by.
+    """
+
+    def __init__(self, root: Path, medium: str, folders: Sequence[str] = ("",)) -> None:
+        self._suffixes = MEDIA_SUFFIXES[medium]
+        self._files: dict[str, str] = {}
+        for folder in folders:
+            below = (root / folder).iterdir() if (root / folder).is_dir() else ()
+            names = (path.name for path in below)
+            for name in sorted(names, key=lambda name: (self._rank(name), name)):
+                if self._rank(name) < len(self._suffixes):
+                    self._files.setdefault(Path(name).stem, f"{folder}/{name}".lstrip("/"))
+
+    def _rank(self, name: str) -> int:
+        suffix = Path(name).suffix.lower()
+        return self._suffixes.index(suffix) if suffix in self._suffixes else len(self._suffixes)
+
+    def __contains__(self, stem: str) -> bool:
+        return stem in self._files
+
+    def find(self, *stems: str) -> str:
+        """The path from the media folder of the first that is there. Where none is, the path that
+        the first would have: the row that names it is refused when it is read."""
+        found = (self._files[stem] for stem in stems if stem in self._files)
+        return next(found, f"{stems[0]}{self._suffixes[0]}")
 
 
 @dataclass(frozen=True)
@@ -242,7 +307,7 @@ def row_of(make: Callable[[Any, Origin], Entry], item: Any, origin: Origin) -> E
     try:
         return make(item, origin)
     except RecordError as error:
-        return error
+        return error.with_traceback(None)  # which would keep what `make` has read in memory
 
 
 def held_out(ids: Sequence[str], share: float = 0.05) -> set[str]:
@@ -294,19 +359,28 @@ def prepare(name: str, dataset: DataSet, source: Source, out: Path) -> int:
     return _print(name, summary, out)
 
 
+def describe(datasets: Mapping[str, DataSet]) -> str:
+    """The data sets, the files that each wants and its options."""
+    lines = []
+    for name, dataset in datasets.items():
+        lines.append(f"{name}: {dataset.title}")
+        lines += [f"    {need}" for need in dataset.needs]
+        lines += [f"    --option {option}=: {text}" for option, text in dataset.options.items()]
+    return "\n".join(lines)
+
+
 class Shuffled:
     """A table in a random order that hangs on its length alone."""
 
     def __init__(self, table: Table, seed: int = 7) -> None:
         self._table = table
-        self._order = list(range(len(table)))
-        random.Random(seed).shuffle(self._order)
+        self._order = np.random.default_rng(seed).permutation(len(table))
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, index: int) -> Record:
-        return self._table[self._order[index]]
+        return self._table[int(self._order[index])]
 
 
 def _count(made: Made, out: Path, name: str, rows: int) -> dict[str, Any]:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from unival.data.prepare.base import DataSet, Entries, Entry, Prepared, Source, field_of
+from unival.data.prepare.base import (
+    DataSet,
+    Entries,
+    Entry,
+    Prepared,
+    Source,
+    field_of,
+    text_of,
+)
 from unival.data.records import Origin, RecordError
 
 # Karpathy gives the part of val2014 that nobody evaluates on back to training.
@@ -10,38 +18,55 @@ SPLITS = {"train": "train", "restval": "train", "val": "val", "test": "test"}
 
 
 def read(source: Source) -> Prepared:
-    """Training has a row for each caption, validation and test one for each picture."""
+    """Training has a row for each caption, validation and test one for each picture.
+
+    With the option `pictures`, the split train_pictures has the training pictures with all their
+    captions: what self-critical training rewards by.
+    """
     path, content = source.json("dataset_coco.json")
     splits = {name: Entries(source.media) for name in ("train", "val", "test")}
+    pictures = Entries(source.media)
     images = field_of(content, "images", list, Origin(str(path), "file"))
     for number, image in enumerate(images):
         origin = Origin(str(path), f"images[{number}]")
         try:
-            split, entries = _image(image, origin)
+            split, rows = _image(image, origin)
         except RecordError as error:
-            splits["train"].rows.append(error)
-            continue
-        splits[split].rows.extend(entries)
+            split, rows = "train", [error]
+        for row in rows:
+            splits[split].add(row)
+        good = [row for row in rows if isinstance(row, Entry)]
+        if split == "train" and good:
+            captions = [text for row in good for text in row.values["captions"]]
+            values = good[0].values | {"id": str(image["cocoid"]), "captions": captions}
+            pictures.add(Entry(values, good[0].media, origin))
+    if "pictures" in source.options:
+        splits["train_pictures"] = pictures
     return Prepared(dict(splits))
 
 
-def _image(image: object, origin: Origin) -> tuple[str, list[Entry]]:
+def _image(image: object, origin: Origin) -> tuple[str, list[Entry | RecordError]]:
+    """The split of a picture and its rows; a caption that cannot be used is a row of its own."""
     said = field_of(image, "split", str, origin)
     if said not in SPLITS:
         raise RecordError(origin, "split", f"{said!r} is none of {', '.join(SPLITS)}")
     split = SPLITS[said]
-    folder = field_of(image, "filepath", str, origin)
-    file = f"{folder}/{field_of(image, 'filename', str, origin)}"
+    file = f"{text_of(image, 'filepath', origin)}/{text_of(image, 'filename', origin)}"
     number = str(field_of(image, "cocoid", int, origin))
-    sentences = field_of(image, "sentences", list, origin)
-    captions = [field_of(sentence, "raw", str, origin).strip() for sentence in sentences]
-    groups = [[caption] for caption in captions] if split == "train" else [captions]
-    entries = []
-    for place, group in enumerate(groups):
-        id = f"{number}-{place}" if split == "train" else number
+    captions: dict[str, str] = {}
+    rows: list[Entry | RecordError] = []
+    for place, sentence in enumerate(field_of(image, "sentences", list, origin)):
+        try:
+            captions[f"{number}-{place}"] = text_of(sentence, "raw", origin)
+        except RecordError as error:
+            rows.append(error)
+    groups = {id: [text] for id, text in captions.items()}
+    if split != "train":
+        groups = {number: list(captions.values())}
+    for id, group in groups.items():
         values = {"id": id, "kind": "caption", "captions": group, "dataset": "coco"}
-        entries.append(Entry(values, file, origin))
-    return split, entries
+        rows.append(Entry(values, file, origin))
+    return split, rows
 
 
 DATASET = DataSet(
@@ -51,4 +76,5 @@ DATASET = DataSet(
         "train2014/*.jpg and val2014/*.jpg of COCO 2014 (the media folder)",
     ),
     read=read,
+    options={"pictures": "any value: write train_pictures too, a row a picture"},
 )
