@@ -89,7 +89,7 @@ def user_run(request: Request) -> Run:
     stage, shown = run.stages[0], run.stages[0].micro_batches[0]
     rows = max(1, min(shown.mixture[0].rows, count) // request.ranks) * request.ranks
     passes = -(-rows // (request.ranks * PASS_ROWS[shown.medium]))
-    rows = -(-rows // (request.ranks * passes)) * request.ranks * passes
+    rows = rows // (request.ranks * passes) * request.ranks * passes
     epochs = stage.epochs or 10.0
     steps = max(1, round(epochs * count / rows))
     every = max(1, steps // MEASURES)

@@ -11,7 +11,7 @@ from unival.config import load_config
 from unival.files import write_text
 from unival.training.options import Run, decoding_of
 
-RELEASED = re.compile(r"^\s*(\w+):.*?#\s*released:\s*(.+)$")
+RELEASED = re.compile(r"^\s*(\w+):.*?#.*?released:\s*(.+)$")
 HEAD = """# Fine-tuning recipes
 
 One config of `configs/finetune/` a row; `unival recipes` writes this page from them. A value is the
@@ -85,7 +85,14 @@ def _trained(run: Run) -> str:
     stage = run.stages[-1]
     if stage.adapter is not None:
         return stage.adapter.kind
-    return "all but " + ", ".join(stage.freeze) if stage.freeze else "all"
+    rules = [rule.replace("_", " ") for rule in stage.freeze]
+    if rules and rules[0].startswith("all but "):
+        return (
+            "only "
+            + rules[0].removeprefix("all but ")
+            + (", the rest in eval mode" if stage.frozen_in_eval else "")
+        )
+    return "all but " + ", ".join(rules) if rules else "all"
 
 
 # Column -> (its cell, the config keys whose released values stand beside it).
@@ -98,13 +105,20 @@ COLUMNS: dict[str, tuple[Callable[[Run], str], tuple[str, ...]]] = {
             if run.stages[-1].epochs is None
             else f"{run.stages[-1].epochs:g} epochs"
         ),
-        ("epochs", "steps"),
+        ("epochs",),
     ),
     "warm-up": (lambda run: f"{run.stages[-1].warmup_ratio:g}", ("warmup_ratio",)),
     "batch": (_batch, ("mixture",)),
     "input": (
         _input,
-        ("image_size", "video_size", "video_frames", "video_indices", "audio_sample_rate"),
+        (
+            "image_size",
+            "video_size",
+            "video_frames",
+            "video_indices",
+            "audio_sample_rate",
+            "audio_random",
+        ),
     ),
     "loss": (_loss, ("label_smoothing", "log_end")),
     "EMA": (lambda run: f"{run.stages[-1].ema_decay or '–'}", ("ema_decay",)),
@@ -122,8 +136,10 @@ def row(path: Path, root: Path) -> str:
     run, notes = load_config(Run, path), released(path)
     cells = []
     for cell, keys in COLUMNS.values():
-        beside = "; ".join(notes[key] for key in keys if key in notes)
-        cells.append(cell(run) + (f" ({beside})" if beside else ""))
+        told = [(key, notes[key]) for key in keys if key in notes]
+        named = len(keys) > 1
+        beside = "; ".join(f"{key} {note}" if named else note for key, note in told)
+        cells.append(cell(run) + (f" (released: {beside})" if beside else ""))
     return f"| `{path.relative_to(root)}` | " + " | ".join(cells) + " |"
 
 
