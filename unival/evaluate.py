@@ -8,9 +8,9 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unival.config import ConfigError, load_config
 from unival.training.options import Run, Stage, decoding_of, measured_sources
@@ -118,6 +118,21 @@ def evaluate_run(
     return whole
 
 
+def all_caption_scores(result: Evaluation) -> dict[str, dict[str, Any]]:
+    """By task, the scores of the COCO evaluation of its captions, and what is missing of them."""
+    from unival.evaluation.caption import coco_caption_scores
+    from unival.tasks import TASKS
+
+    found = {}
+    for task in result.metrics:
+        said = [p for p in result.predictions if p.task == task]
+        if task in TASKS and TASKS[task].metric == "caption" and said:
+            texts = {str(number): p.answer for number, p in enumerate(said)}
+            truth = {str(number): p.references for number, p in enumerate(said)}
+            found[task] = asdict(coco_caption_scores(texts, truth))
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of `unival evaluate`."""
     options = argparse.ArgumentParser(prog="unival evaluate", description=__doc__)
@@ -126,6 +141,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tasks", nargs="+", required=True)
     options.add_argument("--split", choices=["train", "val", "test"], help="else what was measured")
     options.add_argument("--out", type=Path, help="folder for evaluation.json and pictures")
+    options.add_argument(
+        "--all-metrics", action="store_true", help="of captions METEOR, SPICE and COCO's tokens too"
+    )
     options.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return options
 
@@ -148,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if ranks.rank == 0:
         print(json.dumps(result.metrics, indent=2))
+        if arguments.all_metrics:
+            print(json.dumps(all_caption_scores(result), indent=2))
     return 0
 
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path, checkpoint,
     write_questions(tmp_path, {"train": 4})
     for words, said in (
         (["--task", "vqs"], "unknown task 'vqs'; known: image_caption"),
-        (["--task", "grounding"], "box"),
+        (["--task", "grounding"], "no column for the text"),
         (["--data", str(tmp_path / "absent")], "absent"),
         (["--from", str(tmp_path)], "no saved model"),
     ):
