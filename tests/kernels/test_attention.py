@@ -210,7 +210,8 @@ def test_deterministic_runs_have_equal_bits(
     assert_as_exact_as_pytorch(
         given, given.rounded(BF16).run("triton", BF16, deterministic=True), BF16
     )
-    for _ in range(19):
+    # The interpreter runs one program after the other; only a GPU can bring them out of order.
+    for _ in range(19 if device.type == "cuda" else 2):
         again = given.run("triton", BF16, deterministic=True)
         assert all(torch.equal(first[name], again[name]) for name in first)
 

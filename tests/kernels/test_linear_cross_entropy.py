@@ -237,7 +237,8 @@ def test_upstream_gradient(device: torch.device, backend: str) -> None:
 def test_repeats_bit_for_bit(device: torch.device, backend: str) -> None:
     case = Case(device, n=17, **RECIPES["captions"])
     first = case.run(backend)
-    for _ in range(19):
+    # The interpreter runs one program after the other; only a GPU can bring them out of order.
+    for _ in range(19 if device.type == "cuda" else 2):
         for name, value in case.run(backend).items():
             assert torch.equal(value, first[name]), name
 

@@ -107,6 +107,7 @@ def test_the_run_learns_and_leaves_a_model_for_each_stage(whole):
     assert [entries[s]["lr"] for s in (1, 3)] == pytest.approx([1e-3 / 6, 1e-3 / 2])
 
 
+@pytest.mark.slow  # step by step against plain PyTorch in test_engine.py
 def test_two_processes_equal_one(whole, data, tmp_path):
     done = run(launched(write_config(tmp_path, data, rows=4), ranks=2))
     assert done.returncode == 0, done.stderr[-3000:]
