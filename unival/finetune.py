@@ -18,6 +18,7 @@ from unival.model.configuration import UnivalConfig
 from unival.model.loading import ModelError
 from unival.tasks import TASKS
 from unival.training.options import ModelOptions, Run, Source
+from unival.training.trainer import ENCODERS
 
 CONFIGS = next(
     folder / "configs"
@@ -126,11 +127,14 @@ def _decay(recipe: float, steps: int) -> float:
 
 
 def _overrides(run: Run, request: Request) -> dict[str, Any]:
-    """The recipe's, but for what the checkpoint's own encoders are made of."""
+    """The recipe's, but for the audio encoder where the checkpoint has its own."""
     if not (request.checkpoint / "config.json").is_file():
         raise ModelError(f"{request.checkpoint}: no saved model (config.json) in this folder")
     own = UnivalConfig.from_pretrained(request.checkpoint)
-    return {} if own.audio_channels is not None else dict(run.model.overrides)
+    if own.audio_channels is None:
+        return dict(run.model.overrides)
+    audio = ENCODERS["audio"]
+    return {name: value for name, value in run.model.overrides.items() if name not in audio}
 
 
 def _has_gpu() -> bool:

@@ -18,6 +18,9 @@ from unival.files import write_json, write_text
 from unival.training.options import Source
 
 
+OURS = "UnIVAL"
+
+
 @dataclass
 class Cell:
     """One data set of a table, and what the paper says of it.
@@ -104,7 +107,8 @@ def markdown(table: Table, measured: dict[str, dict[str, float]], name: str, pap
     lines = [f"# {table.title}", ""]
     lines.append("| Model | " + " | ".join(cell.title for cell in table.cells) + " |")
     lines.append("| --- |" + " ---: |" * len(table.cells))
-    models = dict.fromkeys(name for cell in table.cells for name in cell.paper)
+    models = list(dict.fromkeys(name for cell in table.cells for name in cell.paper))
+    models.sort(key=lambda row: row == OURS)  # the paper's own row comes last there too
     for row in models if paper else ():
         cells = [f"{cell.paper[row]:.2f}" if row in cell.paper else "–" for cell in table.cells]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")

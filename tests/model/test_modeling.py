@@ -86,6 +86,20 @@ def test_cached_decoding_of_image_codes_equals_the_full_pass(model):
     torch.testing.assert_close(last.logits, full.logits[:, 3:], rtol=0, atol=2e-5)
 
 
+def test_a_picture_has_more_codes_than_a_text_may_have_tokens(model):
+    """1,024 codes behind <s> are 1,025 positions; text of that length is refused."""
+    ids = torch.full((1, 1025), 7)
+    codes = torch.tensor([True])
+    with torch.no_grad():
+        encoder = model.encoder(IDS[:1])
+        whole = model(encoder_outputs=encoder, decoder_input_ids=ids, code_mask=codes).logits
+        part = model(encoder_outputs=encoder, decoder_input_ids=ids[:, :9], code_mask=codes).logits
+    assert whole.isfinite().all()
+    torch.testing.assert_close(whole[:, :9], part, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="1025 decoder tokens; the model's limit is 1024"):
+        model(encoder_outputs=encoder, decoder_input_ids=ids)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_transformers_generate_agrees_with_our_search(model, beams):
     pixels = torch.randn(MEDIA["pixel_values"])

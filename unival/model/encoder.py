@@ -98,7 +98,9 @@ class RelativeTables(nn.Module):
     def tables(self, layout: RelativeLayout) -> list[Tensor]:
         """Per layer, the biases by offset [H, L] in the order of a layout."""
         device = self.text_bucket.device
-        text = self.text_bucket[layout.text_offsets(device) + self.max_positions - 1]
+        # Rows of image codes are longer than any text may be; no text offset of theirs is read.
+        last = self.max_positions - 1
+        text = self.text_bucket[layout.text_offsets(device).clamp(-last, last) + last]
         grid = slot = None
         if layout.rows:
             grid = offset_buckets(*layout.grid_offsets(device), self.grid)

@@ -65,11 +65,11 @@ from unival.vocabulary import Vocabulary
 log = logging.getLogger(__name__)
 
 # Fields of a model's config for each media encoder; the first is None where it has none.
-ENCODERS = (
-    ("image_layers", "image_channels"),
-    ("video_layers", "video_channels", "video_cardinality"),
-    ("audio_channels", "mel_bins", "hop_size", "audio_sample_rate", "audio_dropout"),
-)
+ENCODERS = {
+    "image": ("image_layers", "image_channels"),
+    "video": ("video_layers", "video_channels", "video_cardinality"),
+    "audio": ("audio_channels", "mel_bins", "hop_size", "audio_sample_rate", "audio_dropout"),
+}
 # What a run that goes on must have in common with the one that began.
 SAME = ("stages", "sources", "model", "media", "seed", "precision", "batchnorm", "optimizer")
 
@@ -92,7 +92,7 @@ def make_model(run: Run, stage: Stage, previous: Path | None) -> UnivalForCondit
         model = load_model(source)
         before, whole = model.config.to_dict(), UnivalConfig.from_yaml(run.model.config).to_dict()
         added: dict[str, Any] = {}
-        for fields in ENCODERS:
+        for fields in ENCODERS.values():
             if before[fields[0]] is None:
                 added |= {name: whole[name] for name in fields}
         after = before | added | run.model.overrides

@@ -193,7 +193,7 @@ def write_vqav2(folder: Path) -> None:
         annotation(301, 2, ["a"] * 10, "a"),
         annotation(302, 1, [""] * 10, ""),
         annotation(303, 1, ["a"] * 10, "a"),
-        annotation(305, 99, ["a"] * 10, "a"),
+        annotation(305, 99, ["cup"] * 10, "a"),
         annotation(200, 2, ["again"] * 10, "again"),
         "no object",
     ]
@@ -221,7 +221,7 @@ VQAV2 = Case(
         }
         | {str(200 + n): qa(coco("train2014", 2), "vqav2", (1.0, "no")) for n in range(8)}
         | {
-            id: qa(coco("val2014", number), "vqav2", (1.0, "two"))
+            id: qa(coco("val2014", number), "vqav2", (1.0, "2"))
             for id, number in (("400", 3), ("401", 3), ("500", 4))
         },
         "test": {"600": qa(coco("test2015", 5), "vqav2")},

@@ -138,11 +138,12 @@ def coco_picture(part: str, image_id: int) -> str:
 
 
 def human_answers(annotation: Any, origin: Origin) -> list[str]:
-    """What each person answered, in lower case; "" where one answered nothing."""
+    """What each person answered, in the official normal form, which predictions are compared in;
+    "" where one answered nothing."""
     texts = []
     for answer in field_of(annotation, "answers", list, origin):
         is_blank = not field_of(answer, "answer", str, origin).strip()
-        texts.append("" if is_blank else text_of(answer, "answer", origin).lower())
+        texts.append("" if is_blank else normalize_answer(text_of(answer, "answer", origin)))
     if not any(texts):
         raise RecordError(origin, "answers", "no one answered")
     return texts
