@@ -49,7 +49,9 @@ def test_texts_of_python_2_are_utf_8(tmp_path):
     assert load_plain(path) == ("café", "é")
 
 
-@pytest.mark.parametrize("name", ["os\nsystem", "builtins\neval", "builtins\ngetattr", "numpy\nload"])
+@pytest.mark.parametrize(
+    "name", ["os\nsystem", "builtins\neval", "builtins\ngetattr", "numpy\nload"]
+)
 def test_a_name_that_is_not_plain_data_is_refused(tmp_path, name):
     path = tmp_path / "evil.p"
     path.write_bytes(f"c{name}\n(S'1'\ntR.".encode())
