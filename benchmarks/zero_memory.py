@@ -62,6 +62,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from unival.model.configuration import UnivalConfig
+from unival.planning.memory import zero_state
 from unival.training.batches import Batch
 from unival.training.engine import Engine, init_distributed
 from unival.training.options import (
@@ -128,15 +129,7 @@ class Case:
 
 def formula(parameters: int, case: Case) -> dict[str, float]:
     """Bytes of a rank after Rajbhandari et al. (2020), padding and small parameters left out."""
-    shares = case.ranks
-    masters = 0 if case.stage == 0 else 4
-    return {
-        "parameters": (4 if case.precision == "fp32" else 2)
-        * parameters
-        / (shares if case.stage >= 3 else 1),
-        "gradients": 4 * parameters / (shares if case.stage >= 2 else 1),
-        "optimizer": (8 + masters) * parameters / (shares if case.stage >= 1 else 1),
-    }
+    return asdict(zero_state(parameters, case.precision, case.stage, case.ranks))
 
 
 def live_tensors() -> Iterator[Tensor]:

@@ -207,6 +207,26 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return prepare(arguments.dataset, DATASETS[arguments.dataset], source, arguments.out)
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from unival.config import load_config
+    from unival.files import write_json
+    from unival.planning.plan import Options, plan
+    from unival.planning.render import text
+    from unival.training.options import Run
+
+    run = load_config(Run, arguments.config, arguments.overrides)
+    known = {entry.name for entry in fields(Options)}
+    given = {n: v for n, v in vars(arguments).items() if n in known and v is not None}
+    given["rows"] = {n: int(v) for n, v in (part.split("=", 1) for part in arguments.rows)}
+    found = plan(run, arguments.gpus, arguments.ceilings, Options(**given))
+    print(text(found))
+    if arguments.out is not None:
+        write_json(arguments.out, found.to_dict())
+    return 0 if found.fits else 1
+
+
 def _recipes(arguments: argparse.Namespace) -> int:
     from unival.recipes import write_recipes
 
@@ -360,6 +380,17 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument("--predictions", type=Path, required=True)
     score.add_argument("--references", type=Path, required=True)
     score.add_argument("--task", default="", help="which, where an evaluation.json has several")
+
+    planned = command("plan", _plan, "memory, time and cost of a run, predicted before it is run")
+    planned.add_argument("--config", type=Path, required=True)
+    planned.add_argument("--gpus", required=True, help="such as 8xA100-80 or 4xA6000")
+    planned.add_argument("--ceilings", type=Path, help="of a GPU that configs/ceilings lacks")
+    planned.add_argument("--price", type=float, help="of a GPU for an hour")
+    planned.add_argument("--text", type=_positive(int), help="tokens of a padded source")
+    planned.add_argument("--target", type=_positive(int), help="tokens of a padded target")
+    planned.add_argument("--rows", nargs="*", default=[], metavar="SOURCE=N", help="for `epochs`")
+    planned.add_argument("--out", type=Path, help="the plan as JSON")
+    planned.add_argument("overrides", nargs="*", help="key=value")
 
     recipes = command("recipes", _recipes, "write the table of fine-tuning recipes")
     recipes.add_argument("--configs", type=Path, default=Path("configs/finetune"))
