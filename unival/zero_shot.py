@@ -17,7 +17,6 @@ from unival.evaluate import Ranks, join_ranks
 from unival.files import write_json, write_text
 from unival.training.options import Source
 
-
 OURS = "UnIVAL"
 
 

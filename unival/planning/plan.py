@@ -361,9 +361,13 @@ class _Planner:
         activations = self._most_activations(own)
         for zero in range(self.zero_stage + 1, 4):
             found.append(("deepspeed.zero_stage", zero, self.memory(zero, activations)))
-        halved = self._most_activations(own, divided=2)
-        now = self.memory(self.zero_stage, halved)
-        found.append(("accumulate", 2 * self.stage.accumulate, now))
+        divided = 2
+        now = self.memory(self.zero_stage, self._most_activations(own, divided))
+        media = max(map(self._media, self.stage.micro_batches))
+        while now.total > self.device.memory and divided < media:
+            divided *= 2
+            now = self.memory(self.zero_stage, self._most_activations(own, divided))
+        found.append(("accumulate", divided * self.stage.accumulate, now))
         if not self.run.recompute:
             again = self._most_activations(replace(own, recompute=True))
             found.append(("recompute", "true", self.memory(self.zero_stage, again)))
