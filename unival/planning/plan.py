@@ -354,6 +354,15 @@ class _Planner:
             per_second / rate,
         )
 
+    def _divides(self, times: int) -> bool:
+        """Whether the rows of the stage can be split into so many times its passes."""
+        rows = [
+            count
+            for micro in self.stage.micro_batches
+            for count in ([micro.rows] if micro.rows else [mix.rows for mix in micro.mixture])
+        ]
+        return not any(count % (self.ranks * self.stage.accumulate * times) for count in rows)
+
     def _knobs(self) -> list[str]:
         """What single changes make of a stage that does not fit."""
         own = self._training()
@@ -362,12 +371,12 @@ class _Planner:
         for zero in range(self.zero_stage + 1, 4):
             found.append(("deepspeed.zero_stage", zero, self.memory(zero, activations)))
         divided = 2
-        now = self.memory(self.zero_stage, self._most_activations(own, divided))
-        media = max(map(self._media, self.stage.micro_batches))
-        while now.total > self.device.memory and divided < media:
-            divided *= 2
+        while self._divides(divided):
             now = self.memory(self.zero_stage, self._most_activations(own, divided))
-        found.append(("accumulate", divided * self.stage.accumulate, now))
+            if now.total <= self.device.memory or not self._divides(2 * divided):
+                found.append(("accumulate", divided * self.stage.accumulate, now))
+                break
+            divided *= 2
         if not self.run.recompute:
             again = self._most_activations(replace(own, recompute=True))
             found.append(("recompute", "true", self.memory(self.zero_stage, again)))
