@@ -57,7 +57,7 @@ from unival.data_gpu.audio import decode_waveform
 from unival.data_gpu.limits import Limits
 from unival.data_gpu.resize import resize
 from unival.data_gpu.video import decode_clip, frame_indices, probe_video
-from unival.data_gpu.video_backends import nvdec_graph
+from unival.data_gpu.video_backends import BackendError, nvdec_graph, require_backend
 from unival.tasks.base import Example
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,11 +190,11 @@ def _decode(data: bytes, decoder: str) -> torch.Tensor:
 
 def torchcodec_works() -> bool:
     try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError) as error:
-        print(f"torchcodec is left out: {str(error).strip().splitlines()[0]}", flush=True)
+        require_backend("torchcodec")
+    except BackendError as error:
+        print(f"torchcodec is left out: {error}", flush=True)
         return False
-    return VideoDecoder is not None
+    return True
 
 
 def images(rounds: int, workers: int) -> list[Row]:

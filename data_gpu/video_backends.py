@@ -220,7 +220,11 @@ def require_backend(backend: str) -> None:
         raise ValueError(f"video backend {backend!r}; known: {', '.join(BACKENDS)}")
     try:
         if backend == "torchcodec":
-            import torchcodec.decoders  # noqa: F401
+            import torchcodec.decoders
+
+            # Newer ones look for FFmpeg's libraries only when the first film is decoded.
+            if getattr(torchcodec, "ffmpeg_major_version", 0) is None:
+                raise RuntimeError("torchcodec finds no FFmpeg on this machine")
         elif backend == "nvdec":
             _built_graph("gpu")
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: no FFmpeg, no GPU

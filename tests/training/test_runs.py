@@ -208,12 +208,16 @@ def test_checkpoints_are_measured_on_the_way_and_the_best_is_kept(data, tmp_path
         if found.is_file():
             scores[name] = json.loads(found.read_text())["metrics"]["vqa"]["accuracy"]
     assert "step-000005" in kept  # the last; a measured one beside it is the best
-    assert len(kept) == 2 == len(scores) + 1
+    # The last, and the best of those measured on the way; the last is measured too.
+    assert "step-000005" in kept and set(scores) == kept and len(kept) == 2
+    best = max(sorted(scores), key=scores.__getitem__)  # of equal ones the earlier
     after = json.loads((tmp_path / "run/evaluation_after/evaluation.json").read_text())
     assert set(after["metrics"]) == {"vqa"}
     model, mean = (tmp_path / "run/stages/one" / n for n in ("model", "model_ema"))
     plain, averaged = (load_file(folder / "model.safetensors") for folder in (model, mean))
     assert plain.keys() == averaged.keys()
+    chosen = load_file(checkpoints / best / "model/model.safetensors")
+    assert all(torch.equal(value, chosen[name]) for name, value in plain.items())
     assert not plain["encoder.image_proj.weight"].equal(averaged["encoder.image_proj.weight"])
 
 
