@@ -219,7 +219,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     run = load_config(Run, arguments.config, arguments.overrides)
     known = {entry.name for entry in fields(Options)}
     given = {n: v for n, v in vars(arguments).items() if n in known and v is not None}
-    given["rows"] = {n: int(v) for n, v in (part.split("=", 1) for part in arguments.rows)}
+    given["rows"] = dict(arguments.rows)
     found = plan(run, arguments.gpus, arguments.ceilings, Options(**given))
     print(text(found))
     if arguments.out is not None:
@@ -239,6 +239,13 @@ def _box(text: str) -> tuple[float, float, float, float]:
     if len(values) != 4:
         raise argparse.ArgumentTypeError("a box is x0,y0,x1,y1")
     return values  # type: ignore[return-value]
+
+
+def _rows_of(text: str) -> tuple[str, int]:
+    name, _, count = text.partition("=")
+    if not name or not count.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not SOURCE=N, rows of a source for `epochs`")
+    return name, int(count)
 
 
 def _positive(kind: type[int] | type[float]):  # type: ignore[no-untyped-def]
@@ -388,7 +395,7 @@ def parser() -> argparse.ArgumentParser:
     planned.add_argument("--price", type=float, help="of a GPU for an hour")
     planned.add_argument("--text", type=_positive(int), help="tokens of a padded source")
     planned.add_argument("--target", type=_positive(int), help="tokens of a padded target")
-    planned.add_argument("--rows", nargs="*", default=[], metavar="SOURCE=N", help="for `epochs`")
+    planned.add_argument("--rows", type=_rows_of, nargs="*", default=[], metavar="SOURCE=N")
     planned.add_argument("--out", type=Path, help="the plan as JSON")
     planned.add_argument("overrides", nargs="*", help="key=value")
 

@@ -12,7 +12,8 @@ from ranks import on_ranks
 
 from unival.cli import main
 from unival.config import load_config
-from unival.evaluation.runner import Evaluation
+from unival.evaluate import all_caption_scores
+from unival.evaluation.runner import Evaluation, Prediction
 from unival.finetune import USER_TASKS, Request, user_run
 from unival.model.loading import load_model
 from unival.training.checks import check_run
@@ -76,6 +77,26 @@ def test_two_ranks_measure_as_one_does_whatever_is_left_over(tmp_path, checkpoin
     first, other = found[2]
     assert first == alone
     assert (other.predictions, other.metrics) == ([], {})
+
+
+def test_all_scores_of_captions_say_what_is_missing(monkeypatch):
+    """Without Java: what needs it is named with the reason, the rest is there."""
+    monkeypatch.setenv("PATH", "")
+    said = [
+        Prediction("image_caption", "image", "t, row 0", "0", "", "a cat", ["a cat", "one cat"]),
+        Prediction("image_caption", "image", "t, row 1", "1", "", "a red hen", ["the hen runs"]),
+        Prediction("vqa", "image", "t, row 2", "2", "", "yes", ["yes"]),
+    ]
+    metrics = {"image_caption": {"samples": 2.0}, "vqa": {"accuracy": 1.0}}
+    found = all_caption_scores(Evaluation(metrics, said))
+    assert set(found) == {"image_caption"}
+    scores = found["image_caption"]
+    assert scores["tokenizer"] == "own"
+    # Clipped unigrams: 2 of 2 and 1 of 3; the words are 5, the closest references have 5.
+    assert scores["scores"]["BLEU-1"] == pytest.approx(3 / 5, rel=1e-6)
+    assert set(scores["missing"]) == {"METEOR", "SPICE", "PTB tokenizer"}
+    assert all("`java` was not found" in scores["missing"][n] for n in ("METEOR", "PTB tokenizer"))
+    assert scores["missing"]["SPICE"]
 
 
 def test_every_task_has_a_recipe_that_can_be_run(tmp_path, checkpoint):

@@ -138,15 +138,7 @@ def _search(
         constraints.append(BinConstraint())
     elif rules.constraint == "codes":
         constraints.append(RangeConstraint(FIRST_CODE, FIRST_CODE + NUM_CODES))
-    options = SearchOptions(
-        beam_size=rules.beam_size,
-        max_length=limit + max(lengths),
-        min_length=rules.min_length,
-        normalize_scores=rules.normalize_scores,
-        length_penalty=rules.length_penalty,
-        temperature=rules.temperature,
-        no_repeat_ngram_size=rules.no_repeat_ngram_size,
-    )
+    options = SearchOptions.of(rules, rules.beam_size, limit + max(lengths))
     encoder = model.encoder(**to_model(model, batch))
     prefix = prompts[:, 1:].to(model.device) if max(lengths) else None
     code_mask = None

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from unival.model.encoder import EncoderOutput, one_row
 from unival.model.modeling import UnivalForConditionalGeneration
+from unival.tasks.base import Decoding
 from unival.vocabulary import BOS, EOS, FIRST_TEXT, PAD, UNK
 
 LogitsConstraint = Callable[[Tensor, Tensor], Tensor]
@@ -36,6 +37,19 @@ class SearchOptions:
     unknown_penalty: float = 0.0
     temperature: float = 1.0
     no_repeat_ngram_size: int = 0
+
+    @classmethod
+    def of(cls, rules: Decoding, beam_size: int, max_length: int) -> SearchOptions:
+        """A task's rules with these beams and this length, a forced prompt included."""
+        return cls(
+            beam_size=beam_size,
+            max_length=max_length,
+            min_length=rules.min_length,
+            normalize_scores=rules.normalize_scores,
+            length_penalty=rules.length_penalty,
+            temperature=rules.temperature,
+            no_repeat_ngram_size=rules.no_repeat_ngram_size,
+        )
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,14 @@ def check_data(run: Run) -> dict[str, TsvTable | TarShards]:
     """Open what every stage will need, so that the last one does not fail after days.
 
     Returns:
-        The tables of all sources.
+        The tables of all sources but those of split test, which no run reads.
 
     Raises:
         ValueError: a source that is not there or has no rows, or a model or file of weights that is
             not there; names it.
     """
-    tables = open_sources(run)
+    read = {name: source for name, source in run.sources.items() if source.split != "test"}
+    tables = open_sources(replace(run, sources=read))
     for name, table in tables.items():
         if len(table) == 0:
             raise ValueError(f"source {name!r}: {run.sources[name].path} has no rows")

@@ -434,16 +434,7 @@ class SelfCritical:
     def _search(
         self, model: UnivalForConditionalGeneration, encoder: EncoderOutput, beams: int
     ) -> Outputs:
-        rules = self.decoding
-        options = SearchOptions(
-            beam_size=beams,
-            max_length=rules.max_length,
-            min_length=rules.min_length,
-            normalize_scores=rules.normalize_scores,
-            length_penalty=rules.length_penalty,
-            temperature=rules.temperature,
-            no_repeat_ngram_size=rules.no_repeat_ngram_size,
-        )
+        options = SearchOptions.of(self.decoding, beams, self.decoding.max_length)
         found = beam_search(model, encoder, options, self.constraints)
         return [[self._cut(best[0].tokens)] for best in found]
 

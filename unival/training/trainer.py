@@ -129,9 +129,9 @@ def describe_data(run: Run, tables: Tables) -> dict[str, dict[str, int]]:
     return {
         name: {
             "records": len(tables[name]),
-            "bytes": sum(path.stat().st_size for path in expand(source.path)),
+            "bytes": sum(path.stat().st_size for path in expand(run.sources[name].path)),
         }
-        for name, source in run.sources.items()
+        for name in tables
     }
 
 
