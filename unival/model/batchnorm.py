@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Statistics = Literal["local", "sync", "frozen", "folded"]
+BLOCK = 1 << 18  # elements of a map that a CPU takes at a time
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -35,29 +36,63 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Maps [B, C, ...] as [N, C]; no copy where channels come last in memory."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def _maps(rows: Tensor, like: Tensor) -> Tensor:
+    """[N, C] as maps of another's shape, channels last in memory."""
+    return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
+
+
+def _blocks(rows: Tensor) -> list[slice]:
+    """Parts of [N, C] that stay in a CPU's cache from one pass over them to the next."""
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(None)]
+    step = max(1, BLOCK // rows.shape[1])
+    return [slice(first, first + step) for first in range(0, len(rows), step)]
+
+
 class _NormalizeBatch(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias over the batch of one or of all ranks.
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the batch of one or of all ranks, then
+    y + shortcut where there is one, then max(y, 0) where asked for.
 
     With n_r elements a channel on rank r, 0 where it does not contribute, and N their sum:
     mean = sum_r n_r mean_r / N, and E[x^2] likewise. Backward, of a rank that contributes,
     dx = weight / sqrt(var + eps) * (dy - sum(dy) / N - x' sum(dy x') / N), where x' is the
     normalized x and the sums are over all ranks; of one that does not, the first term alone.
 
+    torch's variance of channels-last maps on a CPU is ten times slower than these passes, and its
+    own batch norm sums squares about zero in float32 there.
+
     Gives y, the mean and the unbiased variance.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, sync: bool, contributes: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shortcut: Tensor | None,
+        eps: float,
+        relu: bool,
+        sync: bool,
+        contributes: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = x.to(_wide(x.dtype))
-        variance, mean = torch.var_mean(wide, [0, *range(2, x.ndim)], correction=0)
-        total = torch.full_like(mean, x.numel() // x.shape[1])
+        rows = _rows(x)
+        blocks, count = _blocks(rows), len(rows)
+        wide = _wide(x.dtype)
+        mean = rows.sum(0, dtype=wide) / count
+        squares = [(rows[block] - mean).square_().sum(0) for block in blocks]
+        variance = torch.stack(squares).sum(0) / count
+        total = torch.full_like(mean, count)
         if sync:
             # In float64: E[x^2] - E[x]^2 cancels.
             own, square = mean.double(), mean.double().square()
             moments = torch.stack([own, variance + square, torch.ones_like(own)])
-            moments *= x.numel() // x.shape[1] if contributes else 0
+            moments *= count if contributes else 0
             dist.all_reduce(moments)
             shared = moments[0] / moments[2]
             variance = (moments[1] / moments[2] - shared.square()).clamp(min=0).to(mean.dtype)
@@ -65,31 +100,54 @@ class _NormalizeBatch(torch.autograd.Function):
         scale = torch.rsqrt(variance + eps)
         factor = scale * weight
         offset = bias - mean * factor
-        y = torch.addcmul(_per_channel(offset, x), wide, _per_channel(factor, x)).to(x.dtype)
+        added = None if shortcut is None else _rows(shortcut)
+        y = torch.empty_like(rows)
+        for block in blocks:
+            part = torch.addcmul(offset, rows[block], factor)
+            if added is not None:
+                part += added[block]
+            y[block] = part.relu_() if relu else part
         unbiased = variance * (total / (total - 1).clamp(min=1))
-        ctx.save_for_backward(x, weight, mean, scale, total)
-        ctx.sync, ctx.contributes = sync, contributes
+        y = _maps(y, x)
+        ctx.save_for_backward(x, weight, mean, scale, total, y if relu else None)
+        ctx.has_shortcut, ctx.sync, ctx.contributes = shortcut is not None, sync, contributes
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale, total = ctx.saved_tensors
-        dims = [0, *range(2, x.ndim)]
-        wide = grad.to(_wide(x.dtype))
-        normalized = (x.to(wide.dtype) - _per_channel(mean, x)) * _per_channel(scale, x)
-        grad_bias = wide.sum(dims)
-        grad_weight = (wide * normalized).sum(dims)
-        sums = torch.stack([grad_bias, grad_weight])
+        x, weight, mean, scale, total, y = ctx.saved_tensors
+        rows, upstream = _rows(x), _rows(grad)
+        blocks = _blocks(rows)
+        masked = upstream
+        if y is not None:
+            masked = torch.ops.aten.threshold_backward(upstream, _rows(y), 0)
+        sums = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
+        for block in blocks:
+            part = masked[block].to(mean.dtype)
+            sums[0] += part.sum(0)
+            sums[1] += ((rows[block] - mean).mul_(part)).sum(0)
+        sums[1] *= scale
+        own = sums.clone()
         if ctx.sync:
             dist.all_reduce(sums)
+        factor = scale * weight
+        found = torch.empty_like(rows)
         if ctx.contributes or not ctx.sync:
-            means = sums / total
-            wide = wide - _per_channel(means[0], x) - normalized * _per_channel(means[1], x)
+            slope, level = (sums / total).flip(0) * factor
+            slope = slope * scale
+            level = level - mean * slope
+            for block in blocks:
+                part = torch.addcmul(-level, rows[block], -slope)
+                found[block] = part.addcmul_(masked[block], factor)
+        else:
+            torch.mul(masked, factor, out=found)
         return (
-            (wide * _per_channel(scale * weight, x)).to(x.dtype),
-            grad_weight.to(weight.dtype),
-            grad_bias.to(weight.dtype),
+            _maps(found, x),
+            own[1].to(weight.dtype),
+            own[0].to(weight.dtype),
+            _maps(masked, x) if ctx.has_shortcut else None,
+            None,
             None,
             None,
             None,
@@ -122,27 +180,46 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x, None, relu=False)
+
+    def relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """max(norm(x) + shortcut, 0)."""
+        return self.normalize(x, shortcut, relu=True)
+
+    def normalize(self, x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+        """norm(x), plus a shortcut where there is one, and no less than 0 where asked for."""
         if self.folded:
-            return x
+            return finish(x, shortcut, relu)
         # torch takes half-precision maps with float32 statistics only if the weights are float32.
         dtype = _wide(x.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         if not self.training or self.statistics in ("frozen", "folded"):
             mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
-            return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+            y = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+            return finish(y, shortcut, relu)
         sync = self.statistics == "sync" and dist.is_initialized() and dist.get_world_size() > 1
         counted = sync or self.contributes
         if counted:
             self.num_batches_tracked += 1
         if x.is_cuda and not sync:
             running = (self.running_mean, self.running_var) if counted else (None, None)
-            return F.batch_norm(x, *running, weight, bias, True, self.momentum, self.eps)
-        y, mean, variance = _NormalizeBatch.apply(x, weight, bias, self.eps, sync, self.contributes)
+            y = F.batch_norm(x, *running, weight, bias, True, self.momentum, self.eps)
+            return finish(y, shortcut, relu)
+        y, mean, variance = _NormalizeBatch.apply(
+            x, weight, bias, shortcut, self.eps, relu, sync, self.contributes
+        )
         if counted:
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
         return y
+
+
+def finish(y: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+    """What follows a norm, in place: no gradient needs what the norm or convolution gave."""
+    if shortcut is not None:
+        y = y.add_(shortcut)
+    return y.relu_() if relu else y
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):

@@ -18,6 +18,7 @@ from unival.model.audio_encoder import AudioEncoder, LogMel, mel_filters
 from unival.model.configuration import UnivalConfig
 from unival.model.decoder import Decoder
 from unival.model.encoder import Encoder, EncoderOutput, RelativeTables
+from unival.model.image_encoder import Bottleneck
 from unival.model.positions import text_buckets
 from unival.model.transformer import Attention, FeedForward
 from unival.model.video_encoder import VideoEncoder
@@ -90,8 +91,8 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for block in range(1, module.num_blocks + 1):
                 for conv in (f"conv_block{block}.conv1", f"conv_block{block}.conv2"):
                     init.xavier_uniform_(module.get_submodule(conv).weight)
-        elif module.__class__.__name__ == "Bottleneck":
-            # timm starts residual branches of the image encoder at zero.
+        elif isinstance(module, Bottleneck):
+            # As timm does, residual branches of the image encoder start at zero.
             init.zeros_(module.bn3.weight)
 
     def get_encoder(self, *_: Any, **__: Any) -> Encoder:

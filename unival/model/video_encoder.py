@@ -10,20 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unival.model.batchnorm import BatchNorm3d
-
-
-class Conv3d(nn.Conv3d):
-    """A 3-D convolution that computes half precision in float32 on a CPU.
-
-    torch 2.14 returns bf16 weight gradients there that hold uninitialised memory now and then, and
-    aborts the process in the stem's.
-    """
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
-            return super()._conv_forward(x, weight, bias)
-        wide = None if bias is None else bias.float()
-        return super()._conv_forward(x.float(), weight.float(), wide).to(x.dtype)
+from unival.model.convolution import Conv3d
 
 
 class Bottleneck3d(nn.Module):
@@ -48,9 +35,9 @@ class Bottleneck3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + shortcut)
+        y = self.bn1.relu(self.conv1(x))
+        y = self.bn2.relu(self.conv2(y))
+        return self.bn3.relu(self.conv3(y), shortcut)
 
 
 class VideoEncoder(nn.Module):
@@ -79,7 +66,7 @@ class VideoEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, 3, F, h, w] normalised pixels to [B, C, ceil(F/16), ceil(h/32), ceil(w/32)]."""
-        x = F.relu(self.bn1(self.conv1(frames.to(memory_format=torch.channels_last_3d))))
+        x = self.bn1.relu(self.conv1(frames.to(memory_format=torch.channels_last_3d)))
         x = F.max_pool3d(x, kernel_size=3, stride=2, padding=1)
         for stage in range(1, self.num_stages + 1):
             x = getattr(self, f"layer{stage}")(x)

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from unival.data.batch import MEDIUM_KEYS
 from unival.kernels.layernorm.op import layer_norm_op, residual_layer_norm_op
 from unival.kernels.triton_tools.resources import tensor_bytes
-from unival.model.batchnorm import BatchNorm2d, BatchNorm3d, set_batchnorm_statistics
+from unival.model.batchnorm import BatchNorm2d, BatchNorm3d, finish, set_batchnorm_statistics
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.model.norm import LayerNorm
@@ -246,7 +246,7 @@ def run_as_on_gpu(model: nn.Module) -> None:
             module.of_gelu = partial(_layer_norm, module, gelu=True)  # type: ignore[method-assign]
             module.of_sum = partial(_sum_norm, module)  # type: ignore[method-assign]
         elif isinstance(module, BatchNorm2d | BatchNorm3d) and not module.folded:
-            module.forward = partial(_batch_norm, module)  # type: ignore[method-assign]
+            module.normalize = partial(_batch_norm, module)  # type: ignore[method-assign]
         elif isinstance(module, nn.Conv3d):
             plain = partial(nn.Conv3d._conv_forward, module)
             module._conv_forward = plain  # type: ignore[method-assign]
@@ -264,11 +264,14 @@ def _sum_norm(
     return residual_layer_norm_op(branch, residual, norm.weight, norm.bias, norm.eps, *rates, seed)
 
 
-def _batch_norm(norm: BatchNorm2d | BatchNorm3d, x: Tensor) -> Tensor:
+def _batch_norm(
+    norm: BatchNorm2d | BatchNorm3d, x: Tensor, shortcut: Tensor | None, relu: bool
+) -> Tensor:
     trained = norm.statistics in ("local", "sync")
     weight, bias = norm.weight.float(), norm.bias.float()
     running = (norm.running_mean, norm.running_var)
-    return F.batch_norm(x, *running, weight, bias, trained, norm.momentum or 0.0, norm.eps)
+    y = F.batch_norm(x, *running, weight, bias, trained, norm.momentum or 0.0, norm.eps)
+    return finish(y, shortcut, relu)
 
 
 class Recorder(TorchDispatchMode):
