@@ -3,6 +3,7 @@
 # make test       the fast tests, in JOBS processes
 # make test-all   every test, the slow ones included
 # make lint       ruff and mypy
+# make bench      all benchmarks of this machine, under 30 minutes: runs/bench/report.html
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST = PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-.PHONY: help install demo test test-all lint
+.PHONY: help install demo test test-all lint bench
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -38,3 +39,6 @@ lint: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+bench: install
+	$(BIN)/python benchmarks/bench.py

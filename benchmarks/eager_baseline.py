@@ -43,6 +43,7 @@ from train_step import DTYPES, ROOT, describe_machine
 from unival.data.batch import MEDIUM_KEYS
 from unival.model.batchnorm import BatchNorm2d, BatchNorm3d
 from unival.model.configuration import UnivalConfig
+from unival.model.convolution import Conv2d
 from unival.model.encoder import MEDIUM, TEXT
 from unival.model.image_encoder import ImageEncoder
 from unival.model.modeling import UnivalForConditionalGeneration
@@ -78,8 +79,9 @@ AIMS = {
 }
 
 
-def plain_norms(model: nn.Module) -> None:
-    """Put torch's own norms, with the same weights and statistics, where the model has ours."""
+def plain_modules(model: nn.Module) -> None:
+    """Put torch's own norms and convolutions, with the same weights and statistics, where the model
+    has ours."""
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             plain: nn.Module
@@ -90,6 +92,15 @@ def plain_norms(model: nn.Module) -> None:
                 plain = kind(norm.num_features, norm.eps, norm.momentum)
                 for buffer in ("running_mean", "running_var", "num_batches_tracked"):
                     setattr(plain, buffer, getattr(norm, buffer))
+            elif isinstance(norm, Conv2d):
+                plain = nn.Conv2d(
+                    norm.in_channels,
+                    norm.out_channels,
+                    norm.kernel_size,
+                    norm.stride,
+                    norm.padding,
+                    bias=norm.bias is not None,
+                )
             else:
                 continue
             plain.weight, plain.bias = norm.weight, norm.bias
@@ -97,9 +108,14 @@ def plain_norms(model: nn.Module) -> None:
 
 
 def stages(encoder: ImageEncoder | VideoEncoder, x: Tensor) -> Tensor:
-    """The stages of a convolutional encoder."""
+    """The stages of a convolutional encoder, operator by operator."""
     for stage in range(1, encoder.num_stages + 1):
-        x = getattr(encoder, f"layer{stage}")(x)
+        for block in getattr(encoder, f"layer{stage}"):
+            y = F.relu(block.bn1(block.conv1(x)), inplace=True)
+            y = F.relu(block.bn2(block.conv2(y)), inplace=True)
+            y = block.bn3(block.conv3(y))
+            y += x if block.downsample is None else block.downsample(x)
+            x = F.relu(y, inplace=True)
     return x
 
 
@@ -107,7 +123,7 @@ def encode_medium(encoder: nn.Module, values: Tensor) -> Tensor:
     """Feature maps of pixels or clips as they lie in memory, channels before places; of sounds."""
     if isinstance(encoder, ImageEncoder):
         x = F.relu(encoder.bn1(encoder.conv1(values)), inplace=True)
-        return stages(encoder, encoder.maxpool(x))
+        return stages(encoder, F.max_pool2d(x, kernel_size=3, stride=2, padding=1))
     if isinstance(encoder, VideoEncoder):
         x = F.relu(encoder.bn1(encoder.conv1(values)))
         return stages(encoder, F.max_pool3d(x, kernel_size=3, stride=2, padding=1))
@@ -166,7 +182,7 @@ class EagerModel(nn.Module):
 
     def __init__(self, model: UnivalForConditionalGeneration) -> None:
         super().__init__()
-        plain_norms(model)
+        plain_modules(model)
         self.model, config = model, model.config
         self.scale = score_scale(config)
         limit, grid = config.max_text_positions, config.image_bucket_size

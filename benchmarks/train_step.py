@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --config unival_base --device cpu --batch 4 --image 384
     python benchmarks/train_step.py --config unival_tiny --medium image video audio --json out.json
+    python benchmarks/train_step.py --config unival_base --trace runs/trace.json.gz
 
 A step is what training does: take a batch from the files of samples/, move it, run the media
 encoders, the language model's encoder and decoder, the loss over the whole vocabulary, the backward
@@ -17,6 +18,9 @@ On a GPU each part ends with a synchronization; the step is timed once more with
 of it. The peak is measured in the same run: the fastest of some products of two square matrices of
 the dtype. A GPU's float32 convolutions may use TF32 while the product does not; the machine line
 says which.
+
+--trace writes one more step, after those that are timed, as a profiler's trace that opens in
+https://ui.perfetto.dev: the parts are ranges, with PyTorch's operators (and a GPU's kernels) below.
 
 On a processor, other programs disturb these numbers: the last lines say how many cores this process
 kept busy. Where these are fewer than its threads, the numbers say little about the machine.
@@ -44,6 +48,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from unival.data.batch import MEDIUM_KEYS, collate
 from unival.data.media import Loading, MediaLoader, MediaOptions
@@ -75,11 +80,15 @@ CLIP_NORM = 5.0
 
 
 class Clock:
-    """Seconds by part; parts may be entered more than once in a step."""
+    """Seconds by part; parts may be entered more than once in a step.
+
+    Parts are ranges of a profiler's trace while `traced`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.by_part = True
+        self.by_part, self.traced = True, False
+        self.ranges: dict[str, record_function] = {}
         self.seconds: dict[str, float] = defaultdict(float)
         self._started: dict[str, float] = {}
 
@@ -90,12 +99,17 @@ class Clock:
         return time.perf_counter()
 
     def start(self, name: str) -> None:
+        if self.traced:
+            self.ranges[name] = record_function(name)
+            self.ranges[name].__enter__()
         if self.by_part:
             self._started[name] = self.now()
 
     def stop(self, name: str) -> None:
         if self.by_part:
             self.seconds[name] += self.now() - self._started.pop(name)
+        if self.traced:
+            self.ranges.pop(name).__exit__(None, None, None)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -304,11 +318,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def summarize(
-    step: Step, runs: list[tuple[float, dict[str, float]]], compute: list[float]
+    step: Step,
+    runs: list[tuple[float, dict[str, float]]],
+    compute: list[float],
+    memory: dict[str, Any],
 ) -> dict[str, Any]:
     """Medians by part, with operations and their share of the peak."""
     counted = count_flops(step.args, step.config)
-    memory = peak_memory(step.device)  # before the peak's matrices are made
     peak = matmul_peak(step.device, step.dtype)
     parts: dict[str, dict[str, Any]] = {}
     for name in sorted(runs[0][1], key=PARTS.index):
@@ -348,15 +364,33 @@ def measure(args: argparse.Namespace, config: UnivalConfig) -> dict[str, Any]:
     compute = [seconds - parts["data_wait"] for seconds, parts in runs]
     if step.device.type == "cuda":
         compute = [free_step(step) for _ in range(args.steps)]
+    memory = peak_memory(step.device)  # before the trace and the peak's matrices are made
+    if args.trace is not None:
+        write_trace(step, args.trace)
     step.samples.close()
     return {
         "machine": machine,
         "command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-        "options": {key: value for key, value in vars(args).items() if key != "json"},
+        "options": {
+            key: value for key, value in vars(args).items() if key not in ("json", "trace")
+        },
         "cores_busy": busy / wall,
         "decode_seconds": decoding,
-        **summarize(step, runs, compute),
+        **summarize(step, runs, compute, memory),
     }
+
+
+def write_trace(step: Step, path: Path) -> None:
+    """One step with its parts, operators and kernels; compressed if the name ends in .gz."""
+    activities = [ProfilerActivity.CPU]
+    if step.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    step.clock.traced = True
+    with profile(activities=activities) as profiler:
+        step.run()
+    step.clock.traced = False
+    profiler.export_chrome_trace(str(path))
 
 
 def decode_seconds(samples: Samples, tries: int = 3) -> float:
@@ -447,6 +481,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, UnivalConfig]:
     ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{what} ({value})")
     parser.add_argument("--json", type=Path, help="write the report to this file too")
+    parser.add_argument(
+        "--trace", type=Path, help="write one more step as a trace (.json, .json.gz) for Perfetto"
+    )
     args = parser.parse_args(argv)
     for name, least in (("batch", 1), ("text", 2), ("target", 1), ("steps", 1), ("warmup", 0)):
         if getattr(args, name) < least:
@@ -472,6 +509,8 @@ def main() -> int:
     print(table(report))
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if args.trace is not None:
+        print(f"trace of one more step: {args.trace}, opens in https://ui.perfetto.dev")
     return 0
 
 

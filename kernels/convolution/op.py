@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from unival.kernels.convolution import winograd
+from unival.kernels.cpu_memory import fresh
 
 LEAST_CHANNELS = 128  # below, Winograd's transforms cost what its products save
 
@@ -60,10 +61,7 @@ def _last(maps: Tensor) -> Tensor:
 
 def _like(x: Tensor, channels: int) -> Tensor:
     batch, _, height, width = x.shape
-    layout = torch.channels_last
-    return torch.empty(
-        batch, channels, height, width, dtype=x.dtype, device=x.device, memory_format=layout
-    )
+    return fresh((batch, height, width, channels), x.dtype, x.device).permute(0, 3, 1, 2)
 
 
 def _rows(maps: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -76,6 +77,35 @@ def test_parts_are_positive_and_sum_to_the_step(tmp_path: Path) -> None:
     assert report["command"] in done.stdout
     for name in PARTS:
         assert f"\n{name} " in done.stdout
+
+
+def test_a_trace_has_the_parts_with_operators_inside(tmp_path: Path) -> None:
+    path, report = tmp_path / "new" / "trace.json.gz", tmp_path / "report.json"
+    done = run(*TINY, "--trace", str(path), "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    assert str(path) in done.stdout and "ui.perfetto.dev" in done.stdout
+    with gzip.open(path, "rt") as file:
+        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
+    # Once each: steps before are not in it.
+    ranges = [e for e in events if e["name"] in PARTS and e["cat"] == "user_annotation"]
+    assert sorted(e["name"] for e in ranges) == sorted(PARTS)
+    span = {e["name"]: (e["ts"], e["ts"] + e["dur"]) for e in ranges}
+    wanted = {
+        "image_encoder": "convolution",
+        "lm_encoder": "linear",
+        "lm_decoder": "linear",
+        "backward": "convolution_backward",
+        "optimizer": "_fused_adamw_",
+    }
+    for part, operator in wanted.items():
+        begin, end = span[part]
+        found = [e for e in events if e["name"] == f"aten::{operator}"]
+        assert any(begin <= e["ts"] and e["ts"] + e["dur"] <= end for e in found), part
+        if operator not in ("linear", "convolution"):
+            assert all(begin <= e["ts"] < end for e in found), part
+    outer, inner = span["lm_encoder"], span["image_encoder"]
+    assert outer[0] <= inner[0] and inner[1] <= outer[1]
+    check_report(json.loads(report.read_text()), PARTS)
 
 
 @pytest.mark.gpu

@@ -22,8 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unival.kernels.cpu_memory import fresh
+
 Statistics = Literal["local", "sync", "frozen", "folded"]
-BLOCK = 1 << 18  # elements of a map that a CPU takes at a time
+BLOCK, MOST_ROWS = 1 << 18, 1024  # elements and rows of a map that a CPU sums at a time
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -46,12 +48,47 @@ def _maps(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
 
 
-def _blocks(rows: Tensor) -> list[slice]:
-    """Parts of [N, C] that stay in a CPU's cache from one pass over them to the next."""
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
-        return [slice(None)]
-    step = max(1, BLOCK // rows.shape[1])
-    return [slice(first, first + step) for first in range(0, len(rows), step)]
+def _fresh(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return fresh(tuple(rows.shape), dtype, rows.device)
+
+
+def _in_torch_blocks(rows: Tensor) -> bool:
+    """Whether a CPU takes [N, C] part by part, by torch's own sums over channels-last maps."""
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _blocks(rows: Tensor) -> Iterator[Tensor]:
+    """[N, C] as maps [1, C, n, 1]: parts that stay in the cache, with sums as exact as short."""
+    step = min(MOST_ROWS, max(1, BLOCK // rows.shape[1]))
+    for part in rows.split(step):
+        yield part.to(_wide(part.dtype)).t()[None, :, :, None]
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over N of [N, C]."""
+    if not _in_torch_blocks(rows):
+        return torch.var_mean(rows.to(_wide(rows.dtype)), 0, correction=0)
+    found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in _blocks(rows)]
+    means, variances = (torch.stack(values) for values in zip(*found, strict=True))
+    share = rows.new_tensor([part.shape[2] / len(rows) for part in _blocks(rows)])
+    mean = share.to(means.dtype) @ means
+    return share.to(means.dtype) @ (variances + (means - mean).square()), mean
+
+
+def _gradients(rows: Tensor, grad: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the bias and the weight: sums over N of dy and of dy x'."""
+    if not _in_torch_blocks(rows):
+        wide = grad.to(mean.dtype)
+        return wide.sum(0), (wide * (rows - mean) * scale).sum(0)
+    bias, weight = torch.zeros_like(mean), torch.zeros_like(mean)
+    variance = scale.square().reciprocal()
+    backward = torch.ops.aten.native_batch_norm_backward
+    for x, part in zip(_blocks(rows), _blocks(grad), strict=True):
+        statistics = (None, mean, variance, None, None)
+        _, along, level = backward(part, x, *statistics, False, 0.0, [False, True, True])
+        bias += level
+        weight += along
+    return bias, weight
 
 
 class _NormalizeBatch(torch.autograd.Function):
@@ -62,9 +99,6 @@ class _NormalizeBatch(torch.autograd.Function):
     mean = sum_r n_r mean_r / N, and E[x^2] likewise. Backward, of a rank that contributes,
     dx = weight / sqrt(var + eps) * (dy - sum(dy) / N - x' sum(dy x') / N), where x' is the
     normalized x and the sums are over all ranks; of one that does not, the first term alone.
-
-    torch's variance of channels-last maps on a CPU is ten times slower than these passes, and its
-    own batch norm sums squares about zero in float32 there.
 
     Gives y, the mean and the unbiased variance.
     """
@@ -82,33 +116,24 @@ class _NormalizeBatch(torch.autograd.Function):
         contributes: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = _rows(x)
-        blocks, count = _blocks(rows), len(rows)
-        wide = _wide(x.dtype)
-        mean = rows.sum(0, dtype=wide) / count
-        squares = [(rows[block] - mean).square_().sum(0) for block in blocks]
-        variance = torch.stack(squares).sum(0) / count
-        total = torch.full_like(mean, count)
+        variance, mean = _moments(rows)
+        total = torch.full_like(mean, len(rows))
         if sync:
             # In float64: E[x^2] - E[x]^2 cancels.
             own, square = mean.double(), mean.double().square()
             moments = torch.stack([own, variance + square, torch.ones_like(own)])
-            moments *= count if contributes else 0
+            moments *= len(rows) if contributes else 0
             dist.all_reduce(moments)
             shared = moments[0] / moments[2]
             variance = (moments[1] / moments[2] - shared.square()).clamp(min=0).to(mean.dtype)
             mean, total = shared.to(mean.dtype), moments[2].to(mean.dtype)
         scale = torch.rsqrt(variance + eps)
         factor = scale * weight
-        offset = bias - mean * factor
-        added = None if shortcut is None else _rows(shortcut)
-        y = torch.empty_like(rows)
-        for block in blocks:
-            part = torch.addcmul(offset, rows[block], factor)
-            if added is not None:
-                part += added[block]
-            y[block] = part.relu_() if relu else part
+        y = torch.addcmul(bias - mean * factor, rows, factor, out=_fresh(rows, mean.dtype))
+        if shortcut is not None:
+            y += _rows(shortcut)
+        y = _maps((y.relu_() if relu else y).to(x.dtype), x)
         unbiased = variance * (total / (total - 1).clamp(min=1))
-        y = _maps(y, x)
         ctx.save_for_backward(x, weight, mean, scale, total, y if relu else None)
         ctx.has_shortcut, ctx.sync, ctx.contributes = shortcut is not None, sync, contributes
         ctx.mark_non_differentiable(mean, unbiased)
@@ -118,35 +143,30 @@ class _NormalizeBatch(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, total, y = ctx.saved_tensors
         rows, upstream = _rows(x), _rows(grad)
-        blocks = _blocks(rows)
-        masked = upstream
         if y is not None:
-            masked = torch.ops.aten.threshold_backward(upstream, _rows(y), 0)
-        sums = torch.zeros(2, len(mean), dtype=mean.dtype, device=mean.device)
-        for block in blocks:
-            part = masked[block].to(mean.dtype)
-            sums[0] += part.sum(0)
-            sums[1] += ((rows[block] - mean).mul_(part)).sum(0)
-        sums[1] *= scale
-        own = sums.clone()
+            masked = _fresh(upstream, upstream.dtype)
+            torch.ops.aten.threshold_backward.grad_input(
+                upstream, _rows(y), 0, grad_input=masked
+            )
+            upstream = masked
+        d_bias, d_weight = _gradients(rows, upstream, mean, scale)
+        sums = torch.stack([d_bias, d_weight])
         if ctx.sync:
             dist.all_reduce(sums)
         factor = scale * weight
-        found = torch.empty_like(rows)
         if ctx.contributes or not ctx.sync:
-            slope, level = (sums / total).flip(0) * factor
-            slope = slope * scale
-            level = level - mean * slope
-            for block in blocks:
-                part = torch.addcmul(-level, rows[block], -slope)
-                found[block] = part.addcmul_(masked[block], factor)
+            level, along = sums / total * factor
+            along = along * scale
+            d_x = _fresh(rows, mean.dtype)
+            torch.addcmul(along * mean - level, rows, along, value=-1, out=d_x)
+            d_x.addcmul_(upstream, factor)
         else:
-            torch.mul(masked, factor, out=found)
+            d_x = upstream * factor
         return (
-            _maps(found, x),
-            own[1].to(weight.dtype),
-            own[0].to(weight.dtype),
-            _maps(masked, x) if ctx.has_shortcut else None,
+            _maps(d_x.to(x.dtype), x),
+            d_weight.to(weight.dtype),
+            d_bias.to(weight.dtype),
+            _maps(upstream, x) if ctx.has_shortcut else None,
             None,
             None,
             None,
