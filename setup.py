@@ -31,7 +31,7 @@ setup(
         "torchvision>=0.24",
         "triton>=3.5",
         "nvidia-dali-cuda130>=2.0",
-        "timm>=1.0.20",
+        
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",

@@ -15,8 +15,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 20  # bytes; malloc keeps smaller memory itself
-MOST_IDLE = 2 << 30  # bytes that wait to be used again; beyond, the oldest goes back to the system
+SMALLEST = 16 << 20  # bytes; malloc keeps smaller memory itself
+MOST_IDLE = 1 << 29  # bytes that wait to be used again; beyond, the oldest goes back to the system
 
 _idle: deque[mmap.mmap] = deque()
 

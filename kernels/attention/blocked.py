@@ -19,6 +19,7 @@ from unival.kernels.attention.inputs import Gradients, Inputs
 from unival.kernels.triton_tools.philox import uniform_torch
 
 SCRATCH_BYTES = 4 << 20  # of a block of scores
+LEAST_ROWS = 128  # of a block: with fewer, products mostly read keys and values
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -124,7 +125,8 @@ class Scores:
         """Ranges of queries, each with the blocks of sequences over it."""
         batch, heads, queries, _ = self.query.shape
         row_bytes = heads * self.key.shape[2] * self.query.element_size()
-        step = max(1, min(queries, SCRATCH_BYTES // max(row_bytes, 1)))
+        rows_of_scratch = SCRATCH_BYTES // max(row_bytes, 1)
+        step = max(1, min(queries, max(LEAST_ROWS, rows_of_scratch)))
         together = max(1, SCRATCH_BYTES // max(row_bytes * step, 1))
         for i in range(0, queries, step):
             rows = slice(i, min(i + step, queries))

@@ -17,12 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 from unival.kernels.convolution import winograd
 from unival.kernels.cpu_memory import fresh
 
+# Here a constant: torch.compile does not see through the question.
+PRODUCTS_ARE_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX2"
 LEAST_CHANNELS = 128  # below, Winograd's transforms cost what its products save
 
 
 def takes(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether `convolution` is the faster way for float32 maps and an ungrouped square kernel."""
-    if x.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2":
+    if x.device.type != "cpu" or not PRODUCTS_ARE_FASTER:
         return False
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or stride != 1 or x.numel() == 0:
         return False

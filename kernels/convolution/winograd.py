@@ -71,9 +71,7 @@ def _inputs(x: Tensor) -> Tensor:
     high = x.new_empty(4, batch, rows, x.shape[2], channels)
     _differences([x[:, i : i + 2 * rows - 1 : 2] for i in range(4)], high.unbind(0))
     both = x.new_empty(4, 4, batch, rows, columns, channels)
-    _differences(
-        [high[:, :, :, i : i + 2 * columns - 1 : 2] for i in range(4)], both.unbind(1)
-    )
+    _differences([high[:, :, :, i : i + 2 * columns - 1 : 2] for i in range(4)], both.unbind(1))
     return both.view(16, -1, channels)
 
 

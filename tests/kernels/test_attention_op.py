@@ -244,6 +244,7 @@ def test_the_blocked_path_works_in_bounded_scratch(
     device, monkeypatch: pytest.MonkeyPatch, shared, scratch
 ) -> None:
     monkeypatch.setattr(blocked, "SCRATCH_BYTES", scratch)
+    monkeypatch.setattr(blocked, "LEAST_ROWS", 1)
     batch, length = 3, 64
     own = 1 if shared else batch
     call = make_call(

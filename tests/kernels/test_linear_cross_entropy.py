@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from unival.kernels.linear_cross_entropy import backward, cpu_memory, forward, op, torch_path
+from unival.kernels import cpu_memory
+from unival.kernels.linear_cross_entropy import backward, forward, op, torch_path
 from unival.kernels.linear_cross_entropy.op import linear_cross_entropy
 from unival.kernels.linear_cross_entropy.per_token import Inputs, Options
 from unival.kernels.linear_cross_entropy.reference import cross_entropy_sums
@@ -422,26 +422,6 @@ def test_memory_of_the_cpu_path(
     gradients = (hidden.numel() + embedding.numel()) * dtype.itemsize
     assert torch_path.kept_elements(n, asked._replace(classes=59_457)) == 0
     assert 0 < found.peak - gradients <= BOUND
-
-
-def test_large_memory_is_used_again_when_no_tensor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_memory, "_idle", idle := deque(maxlen=2))
-    shape, cpu = (1000, 1100), torch.device("cpu")
-    one = cpu_memory.fresh(shape, torch.float32, cpu)
-    two = cpu_memory.fresh(shape, torch.float32, cpu)
-    place, view = one.data_ptr(), one[3:].T
-    assert one.shape == shape and two.data_ptr() != place and not idle
-    del one
-    assert not idle  # a view still has it
-    del view
-    assert len(idle) == 1
-    # Of other sizes: one that does not fit, one that does.
-    large = cpu_memory.fresh((1100, 4000), torch.float32, cpu)
-    assert large.data_ptr() != place
-    again = cpu_memory.fresh((1100, 990), torch.float32, cpu)
-    assert again.data_ptr() == place and not idle
-    del large, again, two
-    assert len(idle) == 2
 
 
 @pytest.mark.gpu

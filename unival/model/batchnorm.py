@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from unival.kernels.cpu_memory import fresh
 
 Statistics = Literal["local", "sync", "frozen", "folded"]
-BLOCK, MOST_ROWS = 1 << 18, 1024  # elements and rows of a map that a CPU sums at a time
+BLOCK, MOST_ROWS = 1 << 18, 256  # elements and rows of a map that a CPU sums at a time
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -70,9 +70,10 @@ def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
         return torch.var_mean(rows.to(_wide(rows.dtype)), 0, correction=0)
     found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in _blocks(rows)]
     means, variances = (torch.stack(values) for values in zip(*found, strict=True))
-    share = rows.new_tensor([part.shape[2] / len(rows) for part in _blocks(rows)])
-    mean = share.to(means.dtype) @ means
-    return share.to(means.dtype) @ (variances + (means - mean).square()), mean
+    share = [part.shape[2] / len(rows) for part in _blocks(rows)]
+    weights = means.new_tensor(share)[:, None]
+    mean = (weights * means).sum(0)
+    return (weights * (variances + (means - mean).square())).sum(0), mean
 
 
 def _gradients(rows: Tensor, grad: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,9 +146,7 @@ class _NormalizeBatch(torch.autograd.Function):
         rows, upstream = _rows(x), _rows(grad)
         if y is not None:
             masked = _fresh(upstream, upstream.dtype)
-            torch.ops.aten.threshold_backward.grad_input(
-                upstream, _rows(y), 0, grad_input=masked
-            )
+            torch.ops.aten.threshold_backward.grad_input(upstream, _rows(y), 0, grad_input=masked)
             upstream = masked
         d_bias, d_weight = _gradients(rows, upstream, mean, scale)
         sums = torch.stack([d_bias, d_weight])

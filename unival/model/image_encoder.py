@@ -55,8 +55,10 @@ class ImageEncoder(nn.Module):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 1 and index == 0 else 1
-                blocks.append(Bottleneck(width, planes, stride, project=index == 0))
-                width = planes * Bottleneck.expansion
+                out = planes * Bottleneck.expansion
+                project = stride != 1 or width != out
+                blocks.append(Bottleneck(width, planes, stride, project))
+                width = out
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.num_stages = len(layers)
         self.out_channels = width

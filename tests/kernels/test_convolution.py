@@ -1,0 +1,169 @@
+"""Convolutions as matrix products, against float64 and against torch's own in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from unival.kernels.convolution import op, winograd
+from unival.kernels.convolution.op import convolution
+from unival.model.convolution import Conv2d
+
+SHAPES = [  # rows, channels, outputs, height, width, kernel
+    (2, 5, 7, 6, 8, 3),
+    (1, 5, 7, 5, 3, 3),  # odd: the last tiles hang over
+    (3, 4, 4, 1, 1, 3),
+    (2, 3, 5, 1, 6, 3),
+    (2, 5, 7, 5, 4, 1),
+    (4, 128, 130, 12, 12, 3),
+    (2, 256, 64, 9, 9, 1),
+]
+
+
+def given(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    rows, channels, outputs, height, width, kernel = shape
+    source = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(rows, channels, height, width, generator=source)
+    weight = torch.randn(outputs, channels, kernel, kernel, generator=source) / kernel
+    grad = torch.randn(rows, outputs, height, width, generator=source)
+    x = x.to(memory_format=torch.channels_last)
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), grad.to(dtype)
+
+
+def results(form, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    y = form(x, weight)
+    return y.detach(), *torch.autograd.grad(y, [x, weight], grad)
+
+
+def plain(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.conv2d(x, weight, None, 1, weight.shape[2] // 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_exact_as_torch(shape: tuple[int, ...]) -> None:
+    exact = results(plain, *given(shape, torch.float64))
+    theirs, ours = results(plain, *given(shape)), results(convolution, *given(shape))
+    for name, a, b, c in zip(("y", "dx", "dw"), ours, theirs, exact, strict=True):
+        assert a.shape == c.shape
+        error, allowed = (a - c).abs().max(), 3 * (b - c).abs().max() + 1e-6 * c.abs().max()
+        assert error <= allowed, (name, float(error), float(allowed))
+
+
+def test_in_float64_the_transforms_are_exact() -> None:
+    """Nothing but rounding separates the forms: a wrong coefficient would be seen here."""
+    for shape in SHAPES:
+        exact, ours = (results(form, *given(shape, torch.float64)) for form in (plain, convolution))
+        for a, c in zip(ours, exact, strict=True):
+            assert (a - c).abs().max() <= 1e-13 * c.abs().max()
+
+
+def test_groups_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row at a time, and five rows in groups of two."""
+    shape = (5, 6, 4, 6, 6, 3)
+    whole = results(convolution, *given(shape))
+    for block in (1, 2 * 4 * 6 * 6 * 6):
+        monkeypatch.setattr(winograd, "BLOCK", block)
+        for a, b in zip(results(convolution, *given(shape)), whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_layouts_of_maps_and_weights_do_not_matter() -> None:
+    for shape in SHAPES:
+        x, weight, grad = given(shape)
+        expected = results(convolution, x, weight, grad)
+        other = (
+            x.detach().contiguous().requires_grad_(),
+            weight.detach().to(memory_format=torch.channels_last).requires_grad_(),
+            grad.to(memory_format=torch.channels_last),
+        )
+        for a, b in zip(results(convolution, *other), expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert expected[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_output_does_not_depend_on_what_was_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(shape, dtype, device):
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    monkeypatch.setattr(op, "fresh", poisoned)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *s, **k: x.new_full(s, float("nan")))
+    for shape in SHAPES:
+        assert all(torch.isfinite(x).all() for x in results(convolution, *given(shape)))
+
+
+def test_an_only_gradient_is_the_same() -> None:
+    x, weight, grad = given((2, 5, 7, 6, 8, 3))
+    _, d_x, d_weight = results(convolution, x, weight, grad)
+    assert torch.equal(
+        torch.autograd.grad(convolution(x.detach(), weight), weight, grad)[0], d_weight
+    )
+    assert torch.equal(torch.autograd.grad(convolution(x, weight.detach()), x, grad)[0], d_x)
+
+
+def test_bias_is_added() -> None:
+    x, weight, _ = given((2, 5, 7, 6, 8, 3))
+    bias = torch.arange(7.0)
+    torch.testing.assert_close(convolution(x, weight, bias), torch.conv2d(x, weight, bias, 1, 1))
+
+
+def test_flops_are_those_of_the_convolution() -> None:
+    """Forward and one gradient each: 3 x 2 x 4 rows x 6 x 5 places x 7 x 3 x 9 products."""
+    x, weight, grad = given((4, 3, 7, 6, 5, 3))
+    with FlopCounterMode(display=False) as counter:
+        convolution(x, weight).backward(grad)
+    assert counter.get_total_flops() == 3 * 2 * 4 * 6 * 5 * 7 * 3 * 9
+
+
+def test_operators_are_well_formed() -> None:
+    """Fake implementation, autograd and aliasing, as torch.compile needs them."""
+    for shape in SHAPES[:5]:
+        x, weight, _ = given(shape)
+        torch.library.opcheck(torch.ops.unival.convolution_forward.default, (x, weight))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        ((2, 5, 4, 4), (7, 5, 5, 5), r"weight is \[7, 5, 5, 5\]; expected \[K, C, 1, 1\]"),
+        ((2, 5, 4, 4), (7, 4, 3, 3), r"x is \[2, 5, 4, 4\]; expected \[B, 4, h, w\]"),
+        ((5, 4, 4), (7, 5, 3, 3), r"x is \[5, 4, 4\]; expected \[B, 5, h, w\]"),
+    ],
+)
+def test_bad_shapes_are_named(x, weight, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convolution(torch.zeros(x), torch.zeros(weight))
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "taken"),
+    [
+        ({"kernel_size": 1}, (2, 64, 8, 8), True),
+        ({"kernel_size": 1, "stride": 2}, (2, 64, 8, 8), False),
+        ({"kernel_size": 3, "padding": 1}, (2, 128, 8, 8), True),
+        ({"kernel_size": 3, "padding": 1}, (2, 64, 8, 8), False),  # too few channels
+        ({"kernel_size": 3, "padding": 1, "stride": 2}, (2, 128, 8, 8), False),
+        ({"kernel_size": 3}, (2, 128, 8, 8), False),
+        ({"kernel_size": 7, "padding": 3}, (2, 128, 8, 8), False),
+        ({"kernel_size": 1}, (0, 64, 8, 8), False),
+    ],
+    ids=str,
+)
+def test_the_module_computes_what_torch_does(monkeypatch, options, size, taken: bool) -> None:
+    monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", True)
+    ours = Conv2d(size[1], 130, **options)
+    theirs = torch.nn.Conv2d(size[1], 130, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(size).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert op.takes(x, ours.weight, ours.stride[0], ours.padding[0]) is taken
+
+
+def test_other_processors_keep_torch_s_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", False)
+    x, weight, _ = given((2, 5, 7, 5, 4, 1))
+    assert not op.takes(x, weight, 1, 0)
+    monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", True)
+    assert op.takes(x, weight, 1, 0)
+    assert not op.takes(x.bfloat16(), weight.bfloat16(), 1, 0)
