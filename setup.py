@@ -31,7 +31,6 @@ setup(
         "torchvision>=0.24",
         "triton>=3.5",
         "nvidia-dali-cuda130>=2.0",
-        
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
         "safetensors>=0.6",
@@ -58,6 +57,7 @@ setup(
             "pycocoevalcap>=1.2",
             "matplotlib>=3.9",
             "peft>=0.21",
+            "timm>=1.0.20",
         ],
     },
     entry_points={"console_scripts": ["unival=unival.cli:main"]},

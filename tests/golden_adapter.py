@@ -10,6 +10,8 @@ import functools
 import json
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +175,11 @@ def loss(model: UnivalForConditionalGeneration | None, case: dict, inputs: dict)
     else:
         for parameter in model.parameters():
             parameter.grad = None
-        model.train(bool(case.get("train_mode")))
+        training = bool(case.get("train_mode"))
+        model.train(training)
         previous = torch.from_numpy(inputs["prev_output_tokens"])
-        out = model(**model_inputs(inputs), decoder_input_ids=previous, output_logits=False)
+        with exact_maps(model) if training else nullcontext():
+            out = model(**model_inputs(inputs), decoder_input_ids=previous, output_logits=False)
         model.eval()
     if "constraint_masks" in inputs:
         allowed = torch.from_numpy(inputs["constraint_masks"])
@@ -201,7 +205,30 @@ def loss(model: UnivalForConditionalGeneration | None, case: dict, inputs: dict)
     }
     if leaf is not None:
         return result | {"logits_grad": leaf.grad}
-    return result | gradients(model, case)
+    result |= gradients(model, case)
+    model.float()
+    return result
+
+
+@contextmanager
+def exact_maps(model: UnivalForConditionalGeneration) -> Iterator[None]:
+    """The image encoder in float64.
+
+    With statistics of the batch, a recorded picture gives a map with 1.5e-8 before a ReLU. Of such
+    a value rounding decides the sign, and with it gradients to far more than their tolerance: in
+    float32 another order of a sum, as on another number of threads, fails or passes by luck.
+    """
+    encoder = model.encoder.image_encoder
+    casts = (
+        encoder.register_forward_pre_hook(lambda _, given: (given[0].double(),)),
+        encoder.register_forward_hook(lambda _, __, found: found.float()),
+    )
+    encoder.double()
+    try:
+        yield
+    finally:
+        for cast in casts:
+            cast.remove()
 
 
 def gradients(model: UnivalForConditionalGeneration, case: dict) -> dict[str, Any]:
