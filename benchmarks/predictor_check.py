@@ -40,8 +40,8 @@ from unival.planning.predict import pass_seconds
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("unival_base", "ofa_base")
 # (pixels of a side, tokens of the encoder's text, tokens of the decoder)
-SHAPES = ((128, 8, 12), (160, 48, 24), (192, 64, 16), (224, 16, 32), (256, 24, 16), (320, 40, 20))
-SHAPES += ((384, 32, 16),)
+SHAPES = ((128, 20, 8), (160, 12, 20), (192, 30, 10), (224, 40, 14), (256, 8, 24), (288, 24, 12))
+SHAPES += ((352, 16, 16),)
 BOUND, SMALL = 0.15, 0.05
 
 

@@ -58,6 +58,7 @@ UNTOUCHED = {"empty", "empty_like", "new_empty", "empty_strided", "promote_types
 LOOKUPS = {"embedding", "index", "index_select", "gather"}
 # Means and variances over a batch of maps, which are slow on a CPU and read twice on a GPU.
 STATISTICS = {"var_mean", "native_batch_norm", "native_batch_norm_backward", "cudnn_batch_norm"}
+STATISTICS |= {"batch_norm_update_stats"}
 # Bytes from which a CPU's allocator gets memory from the system and gives it back at once: glibc's
 # highest M_MMAP_THRESHOLD. Its pages cost more than what is written to them.
 LARGE = 32 * 2**20
@@ -362,7 +363,7 @@ class Recorder(TorchDispatchMode):
         phase = "backward" if self._backward else "forward"
         touched = touched_bytes(name, args, kwargs, out)
         flops = flops_of(func, args, kwargs, out)
-        # The loss keeps the memory of its gradient (linear_cross_entropy/cpu_memory.py).
+        # The loss keeps the memory of its gradient (kernels/cpu_memory.py).
         fresh = 0 if kind == "loss" or func._schema.is_mutable else fresh_bytes(out)
         self.found[part, phase, kind, name, flops, touched, fresh] += 1
         self.seconds[part, phase, kind] += seconds
@@ -392,6 +393,9 @@ def kind_of(func: Any, args: tuple[Any, ...]) -> str:
         for kind, start in (("attention", "attention"), ("loss", "linear_cross_entropy")):
             if name.startswith(start):
                 return kind
+        if name.startswith("convolution"):
+            weight = args[1] if name == "convolution_forward" else args[2]
+            return "pointwise_conv" if weight.shape[2] == 1 else "conv"
         return "memory"
     if name in ("convolution", "convolution_backward"):
         weight, groups = (args[1], args[8]) if name == "convolution" else (args[2], args[9])
