@@ -79,6 +79,14 @@ AIMS = {
 }
 
 
+class PlainBatchNorm2d(nn.BatchNorm2d):
+    """torch's, and a ReLU after it."""
+
+    def forward(self, x: Tensor, shortcut: None = None, relu: bool = False) -> Tensor:
+        y = super().forward(x)
+        return F.relu(y) if relu else y
+
+
 def plain_modules(model: nn.Module) -> None:
     """Put torch's own norms and convolutions, with the same weights and statistics, where the model
     has ours."""
@@ -88,7 +96,7 @@ def plain_modules(model: nn.Module) -> None:
             if isinstance(norm, LayerNorm):
                 plain = nn.LayerNorm(norm.normalized_shape, norm.eps)
             elif isinstance(norm, BatchNorm2d | BatchNorm3d):
-                kind = nn.BatchNorm2d if isinstance(norm, BatchNorm2d) else nn.BatchNorm3d
+                kind = PlainBatchNorm2d if isinstance(norm, BatchNorm2d) else nn.BatchNorm3d
                 plain = kind(norm.num_features, norm.eps, norm.momentum)
                 for buffer in ("running_mean", "running_var", "num_batches_tracked"):
                     setattr(plain, buffer, getattr(norm, buffer))

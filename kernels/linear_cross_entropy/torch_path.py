@@ -245,7 +245,7 @@ def backward(
     rows = rows.clone() if walk.tokens == len(target) else rows[:, counted]
     rows[SCALE] *= upstream
     logits = _view(kept, walk)
-    by_column = hidden.new_zeros((hidden.shape[1], walk.tokens), dtype=torch.float32)
+    by_token = hidden.new_zeros((walk.tokens, hidden.shape[1]), dtype=torch.float32)
     d_embedding = None
     if need_embedding:
         d_embedding = fresh(tuple(embedding.shape), embedding.dtype, embedding.device)
@@ -258,19 +258,19 @@ def backward(
         if need_hidden:
             parts = walk.embedded(chunk).split(LONGEST_SUM), gradient.split(LONGEST_SUM)
             for part, slopes in zip(*parts, strict=True):
-                by_column.addmm_(part.T, slopes)
+                by_token.addmm_(slopes.T, part)  # part.T @ slopes: up to 8 times slower
         if d_embedding is not None:
             out = d_embedding[chunk.first : chunk.first + len(gradient)]
             if out.dtype == torch.float32:
                 torch.mm(gradient, walk.hidden, out=out)
             else:
                 out.copy_(torch.mm(gradient, walk.hidden))
-    return _scattered(by_column, hidden, counted) if need_hidden else None, d_embedding
+    return _scattered(by_token, hidden, counted) if need_hidden else None, d_embedding
 
 
-def _scattered(by_column: Tensor, hidden: Tensor, counted: Tensor) -> Tensor:
-    """[n, D] in hidden's dtype from float32 [D, tokens]; 0 at ignored tokens."""
-    by_token = by_column.T.to(hidden.dtype)
+def _scattered(by_token: Tensor, hidden: Tensor, counted: Tensor) -> Tensor:
+    """[n, D] in hidden's dtype from float32 [tokens, D]; 0 at ignored tokens."""
+    by_token = by_token.to(hidden.dtype)
     if len(counted) == len(hidden):
-        return by_token.contiguous()
+        return by_token
     return hidden.new_zeros(hidden.shape).index_copy_(0, counted, by_token)

@@ -45,7 +45,8 @@ def make_model(name: str, **changed: object) -> UnivalForConditionalGeneration:
     """A model in training without anything random, whose norms and head scales are not 1."""
     still = {"dropout": 0.0, "encoder_drop_path": 0.0, "decoder_drop_path": 0.0}
     config = UnivalConfig.from_yaml(ROOT / f"configs/model/{name}.yaml", **(still | changed))
-    torch.manual_seed(0)
+    # With seeds 0 and 3 rounding decides the sign of a value before a ReLU, in the eager model too.
+    torch.manual_seed(2)
     model = UnivalForConditionalGeneration(config).train()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -111,8 +111,8 @@ class ConvBlock(nn.Module):
         self.bn2 = BatchNorm2d(out)
 
     def forward(self, x: Tensor, pool: int) -> Tensor:
-        x = self.bn1.relu(self.conv1(x))
-        x = self.bn2.relu(self.conv2(x))
+        x = self.bn1(self.conv1(x), relu=True)
+        x = self.bn2(self.conv2(x), relu=True)
         return F.avg_pool2d(x, pool) if pool > 1 else x
 
 

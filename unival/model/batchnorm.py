@@ -198,14 +198,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 setattr(self, name, exact.to(cast.device, _wide(cast.dtype)))
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x, None, relu=False)
-
-    def relu(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """max(norm(x) + shortcut, 0)."""
-        return self.normalize(x, shortcut, relu=True)
-
-    def normalize(self, x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, relu: bool = False) -> Tensor:
         """norm(x), plus a shortcut where there is one, and no less than 0 where asked for."""
         if self.folded:
             return finish(x, shortcut, relu)

@@ -34,9 +34,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.bn1.relu(self.conv1(x))
-        y = self.bn2.relu(self.conv2(y))
-        return self.bn3.relu(self.conv3(y), shortcut)
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        return self.bn3(self.conv3(y), shortcut, relu=True)
 
 
 class ImageEncoder(nn.Module):
@@ -65,7 +65,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, h, w] normalised pixels to [B, C, ceil(h / stride), ceil(w / stride)]."""
-        x = self.bn1.relu(self.conv1(pixels.to(memory_format=torch.channels_last)))
+        x = self.bn1(self.conv1(pixels.to(memory_format=torch.channels_last)), relu=True)
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
         for stage in range(1, self.num_stages + 1):
             x = getattr(self, f"layer{stage}")(x)

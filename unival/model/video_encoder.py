@@ -35,9 +35,9 @@ class Bottleneck3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        y = self.bn1.relu(self.conv1(x))
-        y = self.bn2.relu(self.conv2(y))
-        return self.bn3.relu(self.conv3(y), shortcut)
+        y = self.bn1(self.conv1(x), relu=True)
+        y = self.bn2(self.conv2(y), relu=True)
+        return self.bn3(self.conv3(y), shortcut, relu=True)
 
 
 class VideoEncoder(nn.Module):
@@ -66,7 +66,7 @@ class VideoEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, 3, F, h, w] normalised pixels to [B, C, ceil(F/16), ceil(h/32), ceil(w/32)]."""
-        x = self.bn1.relu(self.conv1(frames.to(memory_format=torch.channels_last_3d)))
+        x = self.bn1(self.conv1(frames.to(memory_format=torch.channels_last_3d)), relu=True)
         x = F.max_pool3d(x, kernel_size=3, stride=2, padding=1)
         for stage in range(1, self.num_stages + 1):
             x = getattr(self, f"layer{stage}")(x)

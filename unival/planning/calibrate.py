@@ -170,7 +170,8 @@ def _workloads() -> Iterator[Callable[[], Tensor]]:
         weight, point = _leaf(channels, channels, 3, 3), _leaf(channels, 4 * channels, 1, 1)
         yield lambda x=x, w=weight: _convolve(x, w).sum()  # type: ignore[misc]
         yield lambda x=wide, w=point: _convolve(x, w).sum()  # type: ignore[misc]
-        yield lambda x=wide, n=BatchNorm2d(4 * channels): n(x).sum()  # type: ignore[misc]
+        norm = BatchNorm2d(4 * channels)
+        yield lambda x=wide, n=norm: n(x).sum()  # type: ignore[misc]
     for channels in (64, 128):
         clip, weight = _leaf(1, channels, 2, 14, 14), _leaf(channels, channels // 32, 3, 3, 3)
         yield lambda x=clip, w=weight: F.conv3d(x, w, padding=1, groups=32).sum()  # type: ignore

@@ -247,7 +247,7 @@ def run_as_on_gpu(model: nn.Module) -> None:
             module.of_gelu = partial(_layer_norm, module, gelu=True)  # type: ignore[method-assign]
             module.of_sum = partial(_sum_norm, module)  # type: ignore[method-assign]
         elif isinstance(module, BatchNorm2d | BatchNorm3d) and not module.folded:
-            module.normalize = partial(_batch_norm, module)  # type: ignore[method-assign]
+            module.forward = partial(_batch_norm, module)  # type: ignore[method-assign]
         elif isinstance(module, nn.Conv3d):
             plain = partial(nn.Conv3d._conv_forward, module)
             module._conv_forward = plain  # type: ignore[method-assign]
@@ -266,7 +266,10 @@ def _sum_norm(
 
 
 def _batch_norm(
-    norm: BatchNorm2d | BatchNorm3d, x: Tensor, shortcut: Tensor | None, relu: bool
+    norm: BatchNorm2d | BatchNorm3d,
+    x: Tensor,
+    shortcut: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     trained = norm.statistics in ("local", "sync")
     weight, bias = norm.weight.float(), norm.bias.float()
