@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from unival.kernels.convolution import winograd
@@ -22,16 +22,18 @@ PRODUCTS_ARE_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX2"
 LEAST_CHANNELS = 128  # below, Winograd's transforms cost what its products save
 
 
-def takes(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether `convolution` is the faster way for float32 maps and an ungrouped square kernel."""
-    if x.device.type != "cpu" or not PRODUCTS_ARE_FASTER:
+def takes(x: Tensor, weight: Tensor, module: nn.Conv2d) -> bool:
+    """Whether `convolution` computes what a module does with a weight, and is the faster way."""
+    if x.device.type != "cpu" or not PRODUCTS_ARE_FASTER or x.numel() == 0:
         return False
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or stride != 1 or x.numel() == 0:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return False
+    if module.stride != (1, 1) or module.dilation != (1, 1) or module.groups != 1:
         return False
     outputs, channels, *kernel = weight.shape
-    if kernel == [1, 1]:
-        return padding == 0
-    return kernel == [3, 3] and padding == 1 and min(outputs, channels) >= LEAST_CHANNELS
+    if module.padding_mode != "zeros" or module.padding != tuple(size // 2 for size in kernel):
+        return False
+    return kernel == [1, 1] or (kernel == [3, 3] and min(outputs, channels) >= LEAST_CHANNELS)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -146,6 +146,12 @@ def test_bad_shapes_are_named(x, weight, message: str) -> None:
         ({"kernel_size": 3, "padding": 1, "stride": 2}, (2, 128, 8, 8), False),
         ({"kernel_size": 3}, (2, 128, 8, 8), False),
         ({"kernel_size": 7, "padding": 3}, (2, 128, 8, 8), False),
+        ({"kernel_size": 3, "padding": 1, "dilation": 2}, (2, 128, 8, 8), False),
+        ({"kernel_size": 3, "padding": 1, "groups": 2}, (2, 256, 8, 8), False),
+        ({"kernel_size": 3, "padding": (1, 0)}, (2, 128, 8, 8), False),
+        ({"kernel_size": 3, "padding": 1, "stride": (1, 2)}, (2, 128, 8, 8), False),
+        ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (2, 128, 8, 8), False),
+        ({"kernel_size": 3, "padding": "same"}, (2, 128, 8, 8), False),
         ({"kernel_size": 1}, (0, 64, 8, 8), False),
     ],
     ids=str,
@@ -157,13 +163,13 @@ def test_the_module_computes_what_torch_does(monkeypatch, options, size, taken: 
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(size).to(memory_format=torch.channels_last)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
-    assert op.takes(x, ours.weight, ours.stride[0], ours.padding[0]) is taken
+    assert op.takes(x, ours.weight, ours) is taken
 
 
 def test_other_processors_keep_torch_s_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", False)
-    x, weight, _ = given((2, 5, 7, 5, 4, 1))
-    assert not op.takes(x, weight, 1, 0)
+    (x, weight, _), module = given((2, 5, 7, 5, 4, 1)), Conv2d(5, 7, 1)
+    assert not op.takes(x, weight, module)
     monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", True)
-    assert op.takes(x, weight, 1, 0)
-    assert not op.takes(x.bfloat16(), weight.bfloat16(), 1, 0)
+    assert op.takes(x, weight, module)
+    assert not op.takes(x.bfloat16(), weight.bfloat16(), module)

@@ -3,8 +3,8 @@
 The released model trained with ordinary per-rank statistics ("local"). "sync" makes a step
 independent of how many ranks share its batch. "frozen" norms by the running statistics, and
 "folded" does the same inside the convolution before each norm: one pass over the map, not two. On
-a CPU the training arithmetic is ours as well: torch's channels-last kernel there accumulates in one
-float32 pass, ten times less exactly than its contiguous one.
+a CPU the training arithmetic is ours: torch's sums over a whole channels-last map there are ten
+times less exact than over a contiguous one, so that it gets short blocks of rows.
 
 Running statistics stay in float32 when a model is cast to half precision: an average of 0.1 of the
 new and 0.9 of the old value soon stops moving in bfloat16.
@@ -68,12 +68,14 @@ def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Variance and mean over N of [N, C]."""
     if not _in_torch_blocks(rows):
         return torch.var_mean(rows.to(_wide(rows.dtype)), 0, correction=0)
-    found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in _blocks(rows)]
+    counts, found = [], []
+    for part in _blocks(rows):
+        counts.append(part.shape[2])
+        found.append(torch.batch_norm_update_stats(part, None, None, 0.0))
     means, variances = (torch.stack(values) for values in zip(*found, strict=True))
-    share = [part.shape[2] / len(rows) for part in _blocks(rows)]
-    weights = means.new_tensor(share)[:, None]
-    mean = (weights * means).sum(0)
-    return (weights * (variances + (means - mean).square())).sum(0), mean
+    share = means.new_tensor(counts)[:, None] / len(rows)
+    mean = (share * means).sum(0)
+    return (share * (variances + (means - mean).square())).sum(0), mean
 
 
 def _gradients(rows: Tensor, grad: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,10 @@ from unival.kernels.convolution.op import convolution, takes
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d of square ungrouped kernels; where products are faster, they compute it."""
+    """nn.Conv2d; where products of matrices are faster, they compute it."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if takes(x, weight, self.stride[0], self.padding[0]):
+        if takes(x, weight, self):
             return convolution(x, weight, bias)
         return super()._conv_forward(x, weight, bias)
 

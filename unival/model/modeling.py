@@ -18,7 +18,7 @@ from unival.model.audio_encoder import AudioEncoder, LogMel, mel_filters
 from unival.model.configuration import UnivalConfig
 from unival.model.decoder import Decoder
 from unival.model.encoder import Encoder, EncoderOutput, RelativeTables
-from unival.model.image_encoder import Bottleneck
+from unival.model.image_encoder import Bottleneck2d
 from unival.model.positions import text_buckets
 from unival.model.transformer import Attention, FeedForward
 from unival.model.video_encoder import VideoEncoder
@@ -91,7 +91,7 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for block in range(1, module.num_blocks + 1):
                 for conv in (f"conv_block{block}.conv1", f"conv_block{block}.conv2"):
                     init.xavier_uniform_(module.get_submodule(conv).weight)
-        elif isinstance(module, Bottleneck):
+        elif isinstance(module, Bottleneck2d):
             # As timm does, residual branches of the image encoder start at zero.
             init.zeros_(module.bn3.weight)
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unival.kernels.attention.op import attention
-from unival.kernels.convolution.op import convolution, takes
 from unival.kernels.linear_cross_entropy.op import linear_cross_entropy
 from unival.model.batchnorm import BatchNorm2d
+from unival.model.convolution import Conv2d
 from unival.planning.ceilings import EFFICIENCY, Ceilings, Reach, Share
 from unival.planning.counts import Recorder, drop_gradient
 
@@ -168,9 +168,11 @@ def _workloads() -> Iterator[Callable[[], Tensor]]:
         x = _leaf(1, channels, side, side, channels_last=True)
         wide = _leaf(1, 4 * channels, side, side, channels_last=True)
         weight, point = _leaf(channels, channels, 3, 3), _leaf(channels, 4 * channels, 1, 1)
-        yield lambda x=x, w=weight: _convolve(x, w).sum()  # type: ignore[misc]
-        yield lambda x=wide, w=point: _convolve(x, w).sum()  # type: ignore[misc]
-        norm = BatchNorm2d(4 * channels)
+        # The encoders' modules, with weights whose gradients are dropped.
+        square = Conv2d(channels, channels, 3, padding=1, bias=False)
+        narrow, norm = Conv2d(4 * channels, channels, 1, bias=False), BatchNorm2d(4 * channels)
+        yield lambda x=x, w=weight, c=square: c._conv_forward(x, w, None).sum()  # type: ignore
+        yield lambda x=wide, w=point, c=narrow: c._conv_forward(x, w, None).sum()  # type: ignore
         yield lambda x=wide, n=norm: n(x).sum()  # type: ignore[misc]
     for channels in (64, 128):
         clip, weight = _leaf(1, channels, 2, 14, 14), _leaf(channels, channels // 32, 3, 3, 3)
@@ -184,14 +186,6 @@ def _workloads() -> Iterator[Callable[[], Tensor]]:
     for elements in VECTORS:
         x, y = _leaf(elements), _leaf(elements)
         yield lambda x=x, y=y: ((x * y).relu() + x * 2.0).sum()  # type: ignore[misc]
-
-
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """As the media encoders do."""
-    padding = weight.shape[2] // 2
-    if takes(x, weight, 1, padding):
-        return convolution(x, weight)
-    return F.conv2d(x, weight, padding=padding)
 
 
 def _attend(queries: int, keys: int) -> Tensor:
