@@ -39,7 +39,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eager_baseline import BASELINE, LEAST, UNRELIABLE, LoadMeter, is_reliable
+from eager_baseline import (
+    BASELINE,
+    LEAST,
+    UNRELIABLE,
+    LoadMeter,
+    is_reliable,
+    multiplies_bf16,
+)
 from train_step import ROOT, describe_machine
 
 MIB = 2**20
@@ -609,20 +616,14 @@ def read_zero(path: Path) -> Found:
 # What runs.
 
 
-def bf16_here() -> bool:
-    """Whether the processor multiplies bfloat16 itself."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def sections(folder: Path, device: str, quick: bool) -> list[Section]:
     """All, in the order in which they run; `folder` as it stands in commands."""
     threads = ["--threads", str(torch.get_num_threads())]
     gpu = device == "cuda"
     on_gpu = ["--device", "cuda"] if gpu else []
-    variants, note = ["eager-fp32", "ours-fp32", "ours-bf16"], ""
-    if not gpu and not bf16_here():
-        variants.remove("ours-bf16")
-        note = "bf16 is left out: this processor has no instructions for it (AVX512-BF16, AMX)."
+    note = ""
+    if not multiplies_bf16(torch.device(device)):
+        note = f"bf16 is left out: the {device} here has no instructions for it."
     hours = ["--cases"]
     hours += [
         f"{t}/{m}" for t in ("coco", "vqav2", "refcocoplus") for m in ("ofa_base", "unival_base")
@@ -645,7 +646,7 @@ def sections(folder: Path, device: str, quick: bool) -> list[Section]:
 
     def eager(name: str, seconds: int) -> Section:
         out, model = folder / f"eager_{name}", models[name]
-        arguments = ["eager_baseline.py", "--config", model, "--variants", *variants]
+        arguments = ["eager_baseline.py", "--config", model]
         arguments += [*on_gpu, *threads, *sizes["eager"], "--out", str(out)]
         title = f"{model}: the released formulation and ours"
         result = out.with_suffix(".json")
@@ -903,7 +904,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if not args.minutes > 0:
         parser.error("--minutes must be above 0")
     if importlib.util.find_spec("matplotlib") is None:
-        parser.error("the report needs matplotlib: pip install -e '.[dev]'")
+        parser.error("the report needs matplotlib: pip install -e '.[test]'")
     args.out = args.out.resolve()
     shown = args.out.relative_to(ROOT) if args.out.is_relative_to(ROOT) else args.out
     known = sections(shown, "cuda" if torch.cuda.is_available() else "cpu", args.quick)

@@ -82,7 +82,7 @@ AIMS = {
 class PlainBatchNorm2d(nn.BatchNorm2d):
     """torch's, and a ReLU after it."""
 
-    def forward(self, x: Tensor, shortcut: None = None, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         y = super().forward(x)
         return F.relu(y) if relu else y
 
@@ -91,28 +91,22 @@ def plain_modules(model: nn.Module) -> None:
     """Put torch's own norms and convolutions, with the same weights and statistics, where the model
     has ours."""
     for parent in list(model.modules()):
-        for name, norm in list(parent.named_children()):
+        for name, own in list(parent.named_children()):
             plain: nn.Module
-            if isinstance(norm, LayerNorm):
-                plain = nn.LayerNorm(norm.normalized_shape, norm.eps)
-            elif isinstance(norm, BatchNorm2d | BatchNorm3d):
-                kind = PlainBatchNorm2d if isinstance(norm, BatchNorm2d) else nn.BatchNorm3d
-                plain = kind(norm.num_features, norm.eps, norm.momentum)
+            if isinstance(own, LayerNorm):
+                plain = nn.LayerNorm(own.normalized_shape, own.eps)
+            elif isinstance(own, BatchNorm2d | BatchNorm3d):
+                kind = PlainBatchNorm2d if isinstance(own, BatchNorm2d) else nn.BatchNorm3d
+                plain = kind(own.num_features, own.eps, own.momentum)
                 for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-                    setattr(plain, buffer, getattr(norm, buffer))
-            elif isinstance(norm, Conv2d):
-                plain = nn.Conv2d(
-                    norm.in_channels,
-                    norm.out_channels,
-                    norm.kernel_size,
-                    norm.stride,
-                    norm.padding,
-                    bias=norm.bias is not None,
-                )
+                    setattr(plain, buffer, getattr(own, buffer))
+            elif isinstance(own, Conv2d):
+                sizes = (own.kernel_size, own.stride, own.padding)
+                plain = nn.Conv2d(own.in_channels, own.out_channels, *sizes, bias=False)
             else:
                 continue
-            plain.weight, plain.bias = norm.weight, norm.bias
-            setattr(parent, name, plain.train(norm.training))
+            plain.weight, plain.bias = own.weight, own.bias
+            setattr(parent, name, plain.train(own.training))
 
 
 def stages(encoder: ImageEncoder | VideoEncoder, x: Tensor) -> Tensor:
@@ -336,6 +330,17 @@ class Variant(NamedTuple):
 
     formulation: str
     precision: str
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU, or this processor has instructions: without, a pass takes minutes."""
+    own = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" or own
+
+
+def default_variants(device: torch.device) -> list[str]:
+    """VARIANTS, without bf16 where the device does not multiply it."""
+    return [x for x in VARIANTS if "bf16" not in x or multiplies_bf16(device)]
 
 
 def parse_variant(text: str) -> Variant:
@@ -656,7 +661,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     names = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
     parser.add_argument("--config", default="unival_base", choices=names)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
+    told = f"({' '.join(VARIANTS)}; those of bf16 only where the device multiplies bf16)"
+    parser.add_argument("--variants", nargs="+", help=told)
     for name, value, least, what in (
         ("batch", 4, 1, "rows, each with a picture"),
         ("image", 384, 32, "pixels of a picture's side"),
@@ -677,6 +683,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--{option} must be at least {least}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no usable GPU here")
+    if args.variants is None:
+        args.variants = default_variants(torch.device(args.device))
     try:
         for variant in args.variants:
             parse_variant(variant)

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -30,10 +30,8 @@ MACHINE = {"cpu": "a processor", "cores": 2}
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[ModuleType]:
-    sys.path.append(str(FOLDER))  # the scripts import each other by plain name
-    yield importlib.import_module("bench")
-    sys.path.remove(str(FOLDER))
+def bench() -> ModuleType:
+    return load_script("bench")
 
 
 class Cells(HTMLParser):
@@ -351,12 +349,7 @@ def test_every_command_is_one_that_its_script_takes(
     assert sum(one.seconds for one in chosen) < 27 * 60
     for one in chosen:
         script, *options = one.arguments
-        spec = importlib.util.spec_from_file_location(f"{script[:-3]}_parsed", FOLDER / script)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        args = module.parse(options)
+        args = load_script(script[:-3], f"{script[:-3]}_parsed").parse(options)
         args = args[0] if isinstance(args, tuple) else args
         if hasattr(args, "device"):
             assert args.device == device
@@ -366,10 +359,12 @@ def test_every_command_is_one_that_its_script_takes(
 def test_bf16_is_measured_only_where_processors_have_it(
     bench: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    eager_baseline = importlib.import_module("eager_baseline")
     for here in (False, True):
-        monkeypatch.setattr(bench, "bf16_here", lambda here=here: here)
+        monkeypatch.setattr(bench, "multiplies_bf16", lambda device, here=here: here)
+        monkeypatch.setattr(eager_baseline, "multiplies_bf16", lambda device, here=here: here)
         first = bench.sections(Path("out"), "cpu", False)[0]
-        assert ("ours-bf16" in first.arguments) == here
+        assert ("ours-bf16" in eager_baseline.parse(first.arguments[1:]).variants) == here
         assert ("bf16 is left out" in first.note) == (not here)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ from types import ModuleType
 import golden_adapter
 import pytest
 import torch
+from scripts import load_script
 from torch import Tensor, nn
 
 from unival.data.batch import MEDIUM_KEYS
@@ -29,12 +28,7 @@ TINY = ["--config", "unival_tiny", "--batch", "2", "--image", "64", "--threads",
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[ModuleType]:
-    sys.path.append(str(FOLDER))  # the scripts import each other by plain name
-    spec = importlib.util.spec_from_file_location("eager_baseline", FOLDER / "eager_baseline.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_script("eager_baseline")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield module

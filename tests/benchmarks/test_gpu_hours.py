@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import load_script
 from torch import Tensor, nn
 
 from unival.model.configuration import UnivalConfig
@@ -26,12 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[ModuleType]:
-    sys.path.append(str(FOLDER))  # the scripts import each other by plain name
-    spec = importlib.util.spec_from_file_location("gpu_hours", FOLDER / "gpu_hours.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = load_script("gpu_hours")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield module

@@ -14,6 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -37,18 +38,11 @@ KERNELS = [
 @pytest.fixture(scope="module")
 def bench() -> Iterator[ModuleType]:
     """The script; it must not get the name of the folder kernels/."""
-    folder = ROOT / "benchmarks"
-    sys.path.append(str(folder))  # the scripts import each other by plain name
-    spec = importlib.util.spec_from_file_location("kernels_benchmark", folder / "kernels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = load_script("kernels", "kernels_benchmark")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # beside other programs, threads wait for one another
     yield module
     torch.set_num_threads(threads)
-    sys.path.remove(str(folder))
 
 
 @pytest.fixture(scope="module")

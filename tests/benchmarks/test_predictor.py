@@ -7,13 +7,12 @@ configs/ceilings/cpu_reference.yaml.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from unival.planning.ceilings import read_ceilings
 
@@ -25,13 +24,7 @@ KNOWN = {((128, 20, 8), f"{model} lm_decoder") for model in ("unival_base", "ofa
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    path = ROOT / "benchmarks" / "predictor_check.py"
-    spec = importlib.util.spec_from_file_location("predictor_check", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["predictor_check"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("predictor_check")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
@@ -23,13 +23,11 @@ SIZES = (256, 512, 1024, 2048, 4096)
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[ModuleType]:
-    sys.path.append(str(FOLDER))  # the scripts import each other by plain name
-    module = importlib.import_module("scaling")
+    module = load_script("scaling")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield module
     torch.set_num_threads(threads)
-    sys.path.remove(str(FOLDER))
 
 
 def rows(

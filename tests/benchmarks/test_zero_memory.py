@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 # Wide and shallow: at two ranks no parameter is large beside a rank's part, nor the small together.
@@ -67,13 +67,7 @@ def test_live_tensors_follow_the_formula(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = ROOT / "benchmarks" / "zero_memory.py"
-    spec = importlib.util.spec_from_file_location("zero_memory", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["zero_memory"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("zero_memory")
 
 
 def test_what_is_out_of_bounds_is_told(

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "predictor_check.py"
-    spec = importlib.util.spec_from_file_location("predictor_check", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["predictor_check"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("predictor_check")
 
 
 def found(image: float, decoder: float, loss: float) -> dict[str, object]:

@@ -54,7 +54,7 @@ def _fresh(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _in_torch_blocks(rows: Tensor) -> bool:
     """Whether a CPU takes [N, C] part by part, by torch's own sums over channels-last maps."""
-    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    return rows.device.type == "cpu" and len(rows) > 0 and not torch.compiler.is_compiling()
 
 
 def _blocks(rows: Tensor) -> Iterator[Tensor]:
