@@ -37,7 +37,7 @@ def assert_same_training(found, reference, tolerance=1e-5):
     assert masters == weights.keys()
     for name in masters:
         torch.testing.assert_close(
-            trained[name], weights[name], rtol=tolerance, atol=tolerance / 50, msg=name
+            trained[name], weights[name], rtol=tolerance, atol=tolerance / 100, msg=name
         )
 
 
