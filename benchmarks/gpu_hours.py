@@ -1,15 +1,16 @@
 """Device-hours of an epoch: the paper's tables 18 and 2 and its pretraining stages.
 
     python benchmarks/gpu_hours.py --device cuda --precision bf16 --out runs/gpu_hours
-    python benchmarks/gpu_hours.py --batch-factor 4 --image-factor 2 --threads 2 --out runs/hours
+    python benchmarks/gpu_hours.py --device cpu --out runs/hours
 
 OFA-base (its ResNet ends at stride 16) and UnIVAL-base take the same kernels, data path and recipe:
 the engine of training (DeepSpeed, as the run config says) on batches that the loader of training
 decodes from the files of samples/ beside the step, with random words of usual lengths. Every case
 is a process of its own on one device; hours are the examples of an epoch over examples a second.
-On a CPU, fewer media of a pass and smaller pictures are measured, by factors that stand in every
-row: such hours are those of the smaller work, and only ratios compare with the paper's. The update
-takes as long for few rows as for many: the smaller the batch, the nearer ratios come to 1.
+On a CPU, fewer media of a pass and smaller pictures are measured (4 and 2 times, or what is asked
+for), by factors that stand in every row: such hours are those of the smaller work, and only ratios
+compare with the paper's. The update takes as long for few rows as for many: the smaller the batch,
+the nearer ratios come to 1.
 
 At every moment of a step one part has the time, so parts add up to the step. Backward passes are
 told apart by the gradients' arrival at the borders of modules: `gradients` is what DeepSpeed does
@@ -141,8 +142,8 @@ class Timeline:
 def watch(model: UnivalForConditionalGeneration, timeline: Timeline) -> None:
     """Mark the borders of the modules, forward and backward.
 
-    A gradient that arrives at a module's output begins the module's backward pass. Text embeddings
-    belong to the encoder, whose backward pass they end after the medium's.
+    A gradient that arrives at a module's output begins the module's backward pass. Text embeddings,
+    the decoder's too, belong to the encoder, whose backward pass they end after the medium's.
     """
     encoder, decoder = model.encoder, model.decoder
 
@@ -162,7 +163,8 @@ def watch(model: UnivalForConditionalGeneration, timeline: Timeline) -> None:
         timeline.mark("lm_encoder")
         arrives(output, f"{name}_backward")
 
-    encoder.register_forward_pre_hook(lambda *_: timeline.mark("lm_encoder"))
+    for module in (encoder.embed_tokens, encoder):
+        module.register_forward_pre_hook(lambda *_: timeline.mark("lm_encoder"))
     encoder.register_forward_hook(encoded)
     decoder.register_forward_pre_hook(lambda *_: timeline.mark("lm_decoder"))
     decoder.register_forward_hook(decoded)
@@ -621,9 +623,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="a config of configs/model in place of every case's own")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
+    for name, what in (
+        ("batch-factor", "media of a pass are divided by it (1; measured on a CPU 4)"),
+        ("image-factor", "pixels of a side are divided by it (1; measured on a CPU 2)"),
+    ):
+        parser.add_argument(f"--{name}", type=int, help=what)
+        parser.set_defaults(**{f"least:{name}": 1})
     for name, number, least, what in (
-        ("batch-factor", 1, 1, "media of a pass are divided by it"),
-        ("image-factor", 1, 1, "pixels of a side are divided by it"),
         ("steps", 5, 1, "steps that are timed"),
         ("warmup", 2, 0, "steps before"),
         ("threads", 0, 0, "of torch; 0: as many as it takes by itself"),
@@ -636,6 +642,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    whole = args.device == "cuda" or args.predict_only
+    for name, on_cpu in (("batch_factor", 4), ("image_factor", 2)):
+        if getattr(args, name) is None:
+            setattr(args, name, 1 if whole else on_cpu)
     for key in [key for key in vars(args) if key.startswith("least:")]:
         least, name = vars(args).pop(key), key.removeprefix("least:")
         if getattr(args, name.replace("-", "_")) < least:

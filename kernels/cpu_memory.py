@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 16 << 20  # bytes; malloc keeps smaller memory itself
-MOST_IDLE = 1 << 29  # bytes that wait to be used again; beyond, the oldest goes back to the system
+MOST_IDLE = 1 << 28  # bytes that wait to be used again; beyond, the oldest goes back to the system
 
 _idle: deque[mmap.mmap] = deque()
 
@@ -31,7 +31,8 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     # The storage holds the view, not the block: when the view dies, no tensor uses the memory.
     view = memoryview(block)
     weakref.finalize(view, _keep, block).atexit = False
-    return torch.frombuffer(view, dtype=dtype, count=math.prod(shape)).view(shape)
+    # Not a view of a flat tensor: autograd adds in place to what alone holds its storage.
+    return torch.frombuffer(view, dtype=dtype, count=math.prod(shape)).view(shape).data
 
 
 def _take(size: int) -> mmap.mmap:

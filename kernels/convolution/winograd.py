@@ -23,26 +23,29 @@ BLOCK = 1 << 22  # elements of transformed inputs at a time: below what malloc g
 
 def convolve(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write the convolution of [B, H, W, C] with a weight [K, C, 3, 3] to [B, H, W, K]."""
-    filters = _filters(weight)
-    count = _at_a_time(x)
-    for one, result in zip(x.split(count), out.split(count), strict=True):
-        _outputs(torch.bmm(_inputs(one), filters), result)
+    _multiply(x, _filters(weight).transpose(1, 2), out)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
     """Write the gradient of the input [B, H, W, C] for that of the output [B, H, W, K]."""
-    convolve(grad, weight.transpose(0, 1).flip(2, 3), out)
+    _multiply(grad, _filters(weight.flip(2, 3)), out)
 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """[K, C, 3, 3] of [B, H, W, C] and the output's gradient [B, H, W, K]."""
     channels, outputs = x.shape[3], grad.shape[3]
-    filters = x.new_zeros(16, channels, outputs)
+    filters = x.new_zeros(16, outputs, channels)
     count = _at_a_time(x)
     for one, upstream in zip(x.split(count), grad.split(count), strict=True):
-        filters.baddbmm_(_inputs(one).transpose(1, 2), _output_gradients(upstream))
+        filters.baddbmm_(_output_gradients(upstream).transpose(1, 2), _inputs(one))
     found = _both_axes(x).t() @ filters.view(16, -1)
-    return found.view(3, 3, channels, outputs).permute(3, 2, 0, 1).contiguous()
+    return found.t().reshape(outputs, channels, 3, 3)
+
+
+def _multiply(x: Tensor, filters: Tensor, out: Tensor) -> None:
+    count = _at_a_time(x)
+    for one, result in zip(x.split(count), out.split(count), strict=True):
+        _outputs(torch.bmm(_inputs(one), filters), result)
 
 
 def _at_a_time(x: Tensor) -> int:
@@ -57,10 +60,9 @@ def _both_axes(like: Tensor) -> Tensor:
 
 
 def _filters(weight: Tensor) -> Tensor:
-    """G w G^T: [16, C, K] of [K, C, 3, 3]."""
-    outputs, channels = weight.shape[:2]
-    flat = weight.permute(2, 3, 1, 0).reshape(9, -1)
-    return (_both_axes(weight) @ flat).view(16, channels, outputs)
+    """G w G^T: [16, K, C] of [K, C, 3, 3]."""
+    found = _both_axes(weight) @ weight.reshape(-1, 9).t()
+    return found.view(16, *weight.shape[:2])
 
 
 def _inputs(x: Tensor) -> Tensor:

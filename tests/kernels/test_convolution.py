@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,34 +13,48 @@ from unival.kernels.convolution import op, winograd
 from unival.kernels.convolution.op import convolution
 from unival.model.convolution import Conv2d
 
-SHAPES = [  # rows, channels, outputs, height, width, kernel
-    (2, 5, 7, 6, 8, 3),
-    (1, 5, 7, 5, 3, 3),  # odd: the last tiles hang over
-    (3, 4, 4, 1, 1, 3),
-    (2, 3, 5, 1, 6, 3),
-    (2, 5, 7, 5, 4, 1),
-    (4, 128, 130, 12, 12, 3),
-    (2, 256, 64, 9, 9, 1),
+SHAPES = [  # rows, channels, outputs, height, width, kernel, stride
+    (2, 5, 7, 6, 8, 3, 1),
+    (1, 5, 7, 5, 3, 3, 1),  # odd: the last tiles hang over
+    (3, 4, 4, 1, 1, 3, 1),
+    (2, 3, 5, 1, 6, 3, 1),
+    (2, 5, 7, 5, 4, 1, 1),
+    (2, 5, 7, 6, 5, 3, 2),
+    (2, 5, 7, 1, 8, 3, 2),
+    (2, 5, 7, 5, 8, 1, 2),
+    (4, 128, 130, 12, 12, 3, 1),
+    (2, 256, 64, 9, 9, 1, 1),
+    (4, 128, 130, 12, 12, 3, 2),
 ]
 
 
+@pytest.fixture(autouse=True, params=["winograd", "as chosen"])
+def least_channels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms of 3x3: where few channels choose torch's, and everywhere Winograd's."""
+    if request.param == "winograd":
+        monkeypatch.setattr(op, "LEAST_CHANNELS", 1)
+        monkeypatch.setattr(op, "LEAST_CHANNELS_WEIGHT", 1)
+
+
 def given(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    rows, channels, outputs, height, width, kernel = shape
+    rows, channels, outputs, height, width, kernel, stride = shape
     source = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(rows, channels, height, width, generator=source)
     weight = torch.randn(outputs, channels, kernel, kernel, generator=source) / kernel
-    grad = torch.randn(rows, outputs, height, width, generator=source)
+    places = (math.ceil(height / stride), math.ceil(width / stride))
+    grad = torch.randn(rows, outputs, *places, generator=source)
     x = x.to(memory_format=torch.channels_last)
     return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), grad.to(dtype)
 
 
 def results(form, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    y = form(x, weight)
+    stride = 1 if grad.shape[2:] == x.shape[2:] else 2
+    y = form(x, weight, None, stride)
     return y.detach(), *torch.autograd.grad(y, [x, weight], grad)
 
 
-def plain(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.conv2d(x, weight, None, 1, weight.shape[2] // 2)
+def plain(x: Tensor, weight: Tensor, bias: None, stride: int) -> Tensor:
+    return torch.conv2d(x, weight, bias, stride, weight.shape[2] // 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -61,7 +77,7 @@ def test_in_float64_the_transforms_are_exact() -> None:
 
 def test_groups_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row at a time, and five rows in groups of two."""
-    shape = (5, 6, 4, 6, 6, 3)
+    shape = (5, 6, 4, 6, 6, 3, 1)
     whole = results(convolution, *given(shape))
     for block in (1, 2 * 4 * 6 * 6 * 6):
         monkeypatch.setattr(winograd, "BLOCK", block)
@@ -94,7 +110,7 @@ def test_output_does_not_depend_on_what_was_in_memory(monkeypatch: pytest.Monkey
 
 
 def test_an_only_gradient_is_the_same() -> None:
-    x, weight, grad = given((2, 5, 7, 6, 8, 3))
+    x, weight, grad = given((2, 5, 7, 6, 8, 3, 1))
     _, d_x, d_weight = results(convolution, x, weight, grad)
     assert torch.equal(
         torch.autograd.grad(convolution(x.detach(), weight), weight, grad)[0], d_weight
@@ -103,24 +119,26 @@ def test_an_only_gradient_is_the_same() -> None:
 
 
 def test_bias_is_added() -> None:
-    x, weight, _ = given((2, 5, 7, 6, 8, 3))
+    x, weight, _ = given((2, 5, 7, 6, 8, 3, 1))
     bias = torch.arange(7.0)
     torch.testing.assert_close(convolution(x, weight, bias), torch.conv2d(x, weight, bias, 1, 1))
 
 
 def test_flops_are_those_of_the_convolution() -> None:
     """Forward and one gradient each: 3 x 2 x 4 rows x 6 x 5 places x 7 x 3 x 9 products."""
-    x, weight, grad = given((4, 3, 7, 6, 5, 3))
-    with FlopCounterMode(display=False) as counter:
-        convolution(x, weight).backward(grad)
-    assert counter.get_total_flops() == 3 * 2 * 4 * 6 * 5 * 7 * 3 * 9
+    for stride, places in ((1, 6 * 5), (2, 3 * 3)):
+        x, weight, grad = given((4, 3, 7, 6, 5, 3, stride))
+        with FlopCounterMode(display=False) as counter:
+            convolution(x, weight, None, stride).backward(grad)
+        assert counter.get_total_flops() == 3 * 2 * 4 * places * 7 * 3 * 9
 
 
 def test_operators_are_well_formed() -> None:
     """Fake implementation, autograd and aliasing, as torch.compile needs them."""
-    for shape in SHAPES[:5]:
+    for shape in SHAPES[:8]:
         x, weight, _ = given(shape)
-        torch.library.opcheck(torch.ops.unival.convolution_forward.default, (x, weight))
+        inputs = (x, weight, shape[-1])
+        torch.library.opcheck(torch.ops.unival.convolution_forward.default, inputs)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +158,12 @@ def test_bad_shapes_are_named(x, weight, message: str) -> None:
     ("options", "size", "taken"),
     [
         ({"kernel_size": 1}, (2, 64, 8, 8), True),
-        ({"kernel_size": 1, "stride": 2}, (2, 64, 8, 8), False),
+        ({"kernel_size": 1, "stride": 2}, (2, 64, 8, 7), True),
+        ({"kernel_size": 1, "stride": 3}, (2, 64, 8, 8), False),
         ({"kernel_size": 3, "padding": 1}, (2, 128, 8, 8), True),
-        ({"kernel_size": 3, "padding": 1}, (2, 64, 8, 8), False),  # too few channels
-        ({"kernel_size": 3, "padding": 1, "stride": 2}, (2, 128, 8, 8), False),
+        ({"kernel_size": 3, "padding": 1}, (2, 64, 8, 8), True),
+        ({"kernel_size": 3, "padding": 1}, (2, 32, 8, 8), False),  # too few channels
+        ({"kernel_size": 3, "padding": 1, "stride": 2}, (2, 128, 8, 7), True),
         ({"kernel_size": 3}, (2, 128, 8, 8), False),
         ({"kernel_size": 7, "padding": 3}, (2, 128, 8, 8), False),
         ({"kernel_size": 3, "padding": 1, "dilation": 2}, (2, 128, 8, 8), False),
@@ -158,6 +178,7 @@ def test_bad_shapes_are_named(x, weight, message: str) -> None:
 )
 def test_the_module_computes_what_torch_does(monkeypatch, options, size, taken: bool) -> None:
     monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", True)
+    monkeypatch.setattr(op, "LEAST_CHANNELS_WEIGHT", 64)
     ours = Conv2d(size[1], 130, **options)
     theirs = torch.nn.Conv2d(size[1], 130, **options)
     theirs.load_state_dict(ours.state_dict())
@@ -168,7 +189,7 @@ def test_the_module_computes_what_torch_does(monkeypatch, options, size, taken: 
 
 def test_other_processors_keep_torch_s_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", False)
-    (x, weight, _), module = given((2, 5, 7, 5, 4, 1)), Conv2d(5, 7, 1)
+    (x, weight, _), module = given((2, 5, 7, 5, 4, 1, 1)), Conv2d(5, 7, 1)
     assert not op.takes(x, weight, module)
     monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", True)
     assert op.takes(x, weight, module)

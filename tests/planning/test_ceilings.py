@@ -151,7 +151,7 @@ def test_a_round_of_calibration_gives_ceilings_of_this_processor(tmp_path: Path)
     assert 1e9 < found.peak["fp32"] < 1e13
     assert found.allocation > 1e8 and 1e9 < found.bandwidth < 1e12
     kinds = {kind for _, _, kind in calibration.best}
-    assert kinds == set(KINDS)
+    assert kinds == set(KINDS) - {"statistics"}  # sums, on a CPU
     # 2 x rows x inputs x outputs of the first map, forward.
     row = first[0, "forward", "matmul"]
     assert row[0] == 2 * 12 * 768 * 768

@@ -3,8 +3,8 @@
 The released model trained with ordinary per-rank statistics ("local"). "sync" makes a step
 independent of how many ranks share its batch. "frozen" norms by the running statistics, and
 "folded" does the same inside the convolution before each norm: one pass over the map, not two. On
-a CPU the training arithmetic is ours: torch's sums over a whole channels-last map there are ten
-times less exact than over a contiguous one, so that it gets short blocks of rows.
+a CPU the training arithmetic is ours: torch's statistics of channels-last maps there take longer
+than the sums and are ten times less exact than those of contiguous ones.
 
 Running statistics stay in float32 when a model is cast to half precision: an average of 0.1 of the
 new and 0.9 of the old value soon stops moving in bfloat16.
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from unival.kernels.cpu_memory import fresh
 
 Statistics = Literal["local", "sync", "frozen", "folded"]
-BLOCK, MOST_ROWS = 1 << 18, 256  # elements and rows of a map that a CPU sums at a time
+BLOCK = 1 << 20  # elements of a map that are summed at a time
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -38,60 +38,65 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.ndim - 2))
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """Maps [B, C, ...] as [N, C]; no copy where channels come last in memory."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
-def _maps(rows: Tensor, like: Tensor) -> Tensor:
-    """[N, C] as maps of another's shape, channels last in memory."""
-    return rows.view(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1)
+def as_maps(rows: Tensor, like: Tensor) -> Tensor:
+    """[N, C] as maps of another's places, channels last in memory."""
+    return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
 def _fresh(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return fresh(tuple(rows.shape), dtype, rows.device)
 
 
-def _in_torch_blocks(rows: Tensor) -> bool:
-    """Whether a CPU takes [N, C] part by part, by torch's own sums over channels-last maps."""
-    return rows.device.type == "cpu" and len(rows) > 0 and not torch.compiler.is_compiling()
+def _parts(rows: Tensor) -> Iterator[Tensor]:
+    """[N, C] part by part, in the dtype that sums have; what is made of a part is small."""
+    for part in rows.split(max(1, BLOCK // rows.shape[1])):
+        yield part.to(_wide(part.dtype))
 
 
-def _blocks(rows: Tensor) -> Iterator[Tensor]:
-    """[N, C] as maps [1, C, n, 1]: parts that stay in the cache, with sums as exact as short."""
-    step = min(MOST_ROWS, max(1, BLOCK // rows.shape[1]))
-    for part in rows.split(step):
-        yield part.to(_wide(part.dtype)).t()[None, :, :, None]
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean over N of [N, C].
+
+    By torch's sums: its variances of channels-last maps take longer and are no more exact.
+    """
+    mean = rows.mean(0, dtype=_wide(rows.dtype))
+    squares = sum((part - mean).square_().sum(0) for part in _parts(rows))
+    return squares / len(rows), mean
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean over N of [N, C]."""
-    if not _in_torch_blocks(rows):
-        return torch.var_mean(rows.to(_wide(rows.dtype)), 0, correction=0)
-    counts, found = [], []
-    for part in _blocks(rows):
-        counts.append(part.shape[2])
-        found.append(torch.batch_norm_update_stats(part, None, None, 0.0))
-    means, variances = (torch.stack(values) for values in zip(*found, strict=True))
-    share = means.new_tensor(counts)[:, None] / len(rows)
-    mean = (share * means).sum(0)
-    return (share * (variances + (means - mean).square())).sum(0), mean
-
-
-def _gradients(rows: Tensor, grad: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def gradients(rows: Tensor, grad: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the bias and the weight: sums over N of dy and of dy x'."""
-    if not _in_torch_blocks(rows):
-        wide = grad.to(mean.dtype)
-        return wide.sum(0), (wide * (rows - mean) * scale).sum(0)
-    bias, weight = torch.zeros_like(mean), torch.zeros_like(mean)
-    variance = scale.square().reciprocal()
-    backward = torch.ops.aten.native_batch_norm_backward
-    for x, part in zip(_blocks(rows), _blocks(grad), strict=True):
-        statistics = (None, mean, variance, None, None)
-        _, along, level = backward(part, x, *statistics, False, 0.0, [False, True, True])
-        bias += level
-        weight += along
-    return bias, weight
+    parts = zip(_parts(rows), _parts(grad), strict=True)
+    along = sum((x - mean).mul_(part).sum(0) for x, part in parts)
+    return grad.sum(0, dtype=mean.dtype), along * scale
+
+
+def normalize(rows: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(x - mean) scale weight + bias of [N, C], in the dtype of the statistics."""
+    factor = scale * weight
+    return torch.addcmul(bias - mean * factor, rows, factor, out=_fresh(rows, mean.dtype))
+
+
+def input_gradient(
+    rows: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+    total: Tensor,
+) -> Tensor:
+    """dx [N, C] of a norm over `total` elements a channel, whose sums of gradients are given."""
+    factor = scale * weight
+    level, along = d_bias / total * factor, d_weight / total * factor * scale
+    d_x = _fresh(rows, mean.dtype)
+    torch.addcmul(along * mean - level, rows, along, value=-1, out=d_x)
+    return d_x.addcmul_(grad, factor)
 
 
 class _NormalizeBatch(torch.autograd.Function):
@@ -118,24 +123,23 @@ class _NormalizeBatch(torch.autograd.Function):
         sync: bool,
         contributes: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = _rows(x)
-        variance, mean = _moments(rows)
+        rows = as_rows(x)
+        variance, mean = moments(rows)
         total = torch.full_like(mean, len(rows))
         if sync:
             # In float64: E[x^2] - E[x]^2 cancels.
             own, square = mean.double(), mean.double().square()
-            moments = torch.stack([own, variance + square, torch.ones_like(own)])
-            moments *= len(rows) if contributes else 0
-            dist.all_reduce(moments)
-            shared = moments[0] / moments[2]
-            variance = (moments[1] / moments[2] - shared.square()).clamp(min=0).to(mean.dtype)
-            mean, total = shared.to(mean.dtype), moments[2].to(mean.dtype)
+            sums = torch.stack([own, variance + square, torch.ones_like(own)])
+            sums *= len(rows) if contributes else 0
+            dist.all_reduce(sums)
+            shared = sums[0] / sums[2]
+            variance = (sums[1] / sums[2] - shared.square()).clamp(min=0).to(mean.dtype)
+            mean, total = shared.to(mean.dtype), sums[2].to(mean.dtype)
         scale = torch.rsqrt(variance + eps)
-        factor = scale * weight
-        y = torch.addcmul(bias - mean * factor, rows, factor, out=_fresh(rows, mean.dtype))
+        y = normalize(rows, mean, scale, weight, bias)
         if shortcut is not None:
-            y += _rows(shortcut)
-        y = _maps((y.relu_() if relu else y).to(x.dtype), x)
+            y += as_rows(shortcut)
+        y = as_maps((y.relu_() if relu else y).to(x.dtype), x)
         unbiased = variance * (total / (total - 1).clamp(min=1))
         ctx.save_for_backward(x, weight, mean, scale, total, y if relu else None)
         ctx.has_shortcut, ctx.sync, ctx.contributes = shortcut is not None, sync, contributes
@@ -145,29 +149,25 @@ class _NormalizeBatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale, total, y = ctx.saved_tensors
-        rows, upstream = _rows(x), _rows(grad)
+        rows, upstream = as_rows(x), as_rows(grad)
         if y is not None:
             masked = _fresh(upstream, upstream.dtype)
-            torch.ops.aten.threshold_backward.grad_input(upstream, _rows(y), 0, grad_input=masked)
+            torch.ops.aten.threshold_backward.grad_input(upstream, as_rows(y), 0, grad_input=masked)
             upstream = masked
-        d_bias, d_weight = _gradients(rows, upstream, mean, scale)
+        d_bias, d_weight = gradients(rows, upstream, mean, scale)
         sums = torch.stack([d_bias, d_weight])
         if ctx.sync:
             dist.all_reduce(sums)
-        factor = scale * weight
         if ctx.contributes or not ctx.sync:
-            level, along = sums / total * factor
-            along = along * scale
-            d_x = _fresh(rows, mean.dtype)
-            torch.addcmul(along * mean - level, rows, along, value=-1, out=d_x)
-            d_x.addcmul_(upstream, factor)
+            level, along = sums
+            d_x = input_gradient(rows, upstream, mean, scale, weight, along, level, total)
         else:
-            d_x = upstream * factor
+            d_x = upstream * (scale * weight)
         return (
-            _maps(d_x.to(x.dtype), x),
+            as_maps(d_x.to(x.dtype), x),
             d_weight.to(weight.dtype),
             d_bias.to(weight.dtype),
-            _maps(upstream, x) if ctx.has_shortcut else None,
+            as_maps(upstream, x) if ctx.has_shortcut else None,
             None,
             None,
             None,
@@ -211,22 +211,35 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
             y = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
             return finish(y, shortcut, relu)
-        sync = self.statistics == "sync" and dist.is_initialized() and dist.get_world_size() > 1
+        sync = not self.norms_by_batch()
         counted = sync or self.contributes
-        if counted:
-            self.num_batches_tracked += 1
         if x.is_cuda and not sync:
+            if counted:
+                self.num_batches_tracked += 1
             running = (self.running_mean, self.running_var) if counted else (None, None)
             y = F.batch_norm(x, *running, weight, bias, True, self.momentum, self.eps)
             return finish(y, shortcut, relu)
         y, mean, variance = _NormalizeBatch.apply(
             x, weight, bias, shortcut, self.eps, relu, sync, self.contributes
         )
-        if counted:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+        self.track(mean, variance)
         return y
+
+    def norms_by_batch(self) -> bool:
+        """Whether the statistics are those of this rank's batch alone."""
+        if not self.training or self.statistics in ("frozen", "folded"):
+            return False
+        shared = self.statistics == "sync" and dist.is_initialized()
+        return not shared or dist.get_world_size() == 1
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics towards a batch's, if it counts; variance is unbiased."""
+        if self.norms_by_batch() and not self.contributes:
+            return
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
 
 def finish(y: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unival.kernels.convolution.op import convolution, takes
+from unival.kernels.convolution.op import convolution, convolution_backward, takes
 
 
 class Conv2d(nn.Conv2d):
@@ -13,7 +13,7 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if takes(x, weight, self):
-            return convolution(x, weight, bias)
+            return convolution(x, weight, bias, self.stride[0])
         return super()._conv_forward(x, weight, bias)
 
 
@@ -29,3 +29,17 @@ class Conv3d(nn.Conv3d):
             return super()._conv_forward(x, weight, bias)
         wide = None if bias is None else bias.float()
         return super()._conv_forward(x.float(), weight.float(), wide).to(x.dtype)
+
+
+def differentiate(
+    module: nn.Conv2d | nn.Conv3d, grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of what a module convolves with a weight, and of the weight; no bias."""
+    if isinstance(module, Conv2d) and takes(x, weight, module):
+        return convolution_backward(grad, x, weight, module.stride[0], True, True)
+    sizes = (module.stride, module.padding, module.dilation)
+    places = [0] * (x.ndim - 2)
+    d_x, d_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, *sizes, False, places, module.groups, [True, True, False]
+    )
+    return d_x, d_weight

@@ -137,6 +137,13 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
         }
 
+    def _embed(self, input_ids: Tensor, decoder_input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of both by one lookup: its gradient is as large as the vocabulary."""
+        both = (input_ids, decoder_input_ids)
+        tokens = self.encoder.embed_tokens(torch.cat([ids.flatten() for ids in both]))
+        source, target = tokens.split([ids.numel() for ids in both])
+        return source.view(*input_ids.shape, -1), target.view(*decoder_input_ids.shape, -1)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -181,7 +188,17 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: neither decoder inputs nor labels, a medium without encoder, or not one of
                 input_ids and inputs_embeds.
         """
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("give decoder_input_ids, or labels to make them from")
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        target_embeds = None
         if encoder_outputs is None:
+            if input_ids is not None and inputs_embeds is None:
+                if attention_mask is None:
+                    attention_mask = input_ids != self.config.pad_token_id
+                inputs_embeds, target_embeds = self._embed(input_ids, decoder_input_ids)
+                input_ids = None
             encoder_outputs = self.encoder(
                 input_ids,
                 attention_mask,
@@ -193,10 +210,8 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 output_hidden_states,
                 inputs_embeds,
             )
-        if decoder_input_ids is None:
-            if labels is None:
-                raise ValueError("give decoder_input_ids, or labels to make them from")
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if target_embeds is None:
+            target_embeds = self.encoder.embed_tokens(decoder_input_ids)
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         padding = None
@@ -207,7 +222,7 @@ class UnivalForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 else decoder_attention_mask == 0
             )
         decoded = self.decoder(
-            self.encoder.embed_tokens(decoder_input_ids),
+            target_embeds,
             encoder_outputs,
             padding,
             code_mask,

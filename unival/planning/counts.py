@@ -35,6 +35,7 @@ from unival.model.batchnorm import BatchNorm2d, BatchNorm3d, finish, set_batchno
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.model.norm import LayerNorm
+from unival.model.residual import Bottleneck
 from unival.training.freezing import freeze
 from unival.training.losses import Criterion
 
@@ -244,9 +245,12 @@ def drop_gradient(parameter: Tensor) -> None:
 def run_as_on_gpu(model: nn.Module) -> None:
     """Let modules that do otherwise on a GPU call the operators that they call there.
 
-    Norms are one operator; 3-D convolutions compute half precision in half precision.
+    Norms are one operator; 3-D convolutions compute half precision in half precision; a bottleneck
+    is its modules.
     """
     for module in model.modules():
+        if isinstance(module, Bottleneck):
+            module.is_one_function = _never  # type: ignore[method-assign]
         if isinstance(module, LayerNorm):
             module.forward = partial(_layer_norm, module, gelu=False)  # type: ignore[method-assign]
             module.of_gelu = partial(_layer_norm, module, gelu=True)  # type: ignore[method-assign]
@@ -256,6 +260,10 @@ def run_as_on_gpu(model: nn.Module) -> None:
         elif isinstance(module, nn.Conv3d):
             plain = partial(nn.Conv3d._conv_forward, module)
             module._conv_forward = plain  # type: ignore[method-assign]
+
+
+def _never(x: Tensor) -> bool:
+    return False
 
 
 def _layer_norm(norm: LayerNorm, x: Tensor, gelu: bool) -> Tensor:
@@ -309,6 +317,7 @@ class Recorder(TorchDispatchMode):
     def watch(self, model: UnivalForConditionalGeneration) -> None:
         """Tell the parts of a model apart."""
         modules = {"": "lm_decoder", "encoder": "lm_encoder", "decoder": "lm_decoder"}
+        modules["encoder.embed_tokens"] = "lm_encoder"  # the decoder's words too
         for medium in MEDIUM_KEYS:
             modules |= {f"encoder.{medium}_encoder": f"{medium}_encoder"}
             modules |= {f"encoder.{medium}_proj": "projection"}

@@ -1,0 +1,199 @@
+"""A bottleneck block in training as one function, for maps that a CPU passes over slowly.
+
+Module by module, the wide maps [N, K] of a block (N places, K = 2 C or 4 C channels) are read or
+written sixteen times beside the products of matrices, and four maps are kept that can be computed
+again. Here the last convolution takes its norm over, whose statistics follow from its input: with
+y = W z + shortcut, z the centered [N, C] input and S = z^T z / N its covariance,
+
+    var = diag(W S W^T),  scale = 1 / sqrt(var + eps),  out = relu(z (g scale W)^T + b + shortcut),
+
+and, with dy the gradient of the sum and P = dy^T z,
+
+    dg = scale sum_c(W P),  db = sum(dy),
+    dW = g scale P - g scale^2 dg W S,
+    dz = dy (g scale W) - z W^T diag(g scale^2 dg / N) W - W^T (g scale db) / N.
+
+The two products with S cost a sixth of the convolution's own. Kept for the backward pass are the
+block's input and output and what the first two convolutions gave.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from unival.kernels.cpu_memory import fresh
+from unival.model.batchnorm import (
+    as_maps,
+    as_rows,
+    gradients,
+    input_gradient,
+    moments,
+    normalize,
+)
+from unival.model.convolution import differentiate
+
+
+class Parameters(NamedTuple):
+    """The weights [K, C, ...] of three convolutions, and the weights and biases of their norms."""
+
+    conv1: Tensor
+    weight1: Tensor
+    bias1: Tensor
+    conv2: Tensor
+    weight2: Tensor
+    bias2: Tensor
+    conv3: Tensor
+    weight3: Tensor
+    bias3: Tensor
+
+
+def bottleneck(
+    x: Tensor, shortcut: Tensor | None, parameters: Parameters, middle: nn.Module, eps: float
+) -> tuple[Tensor, ...]:
+    """relu(norm(conv3(relu(norm(conv2(relu(norm(conv1(x)))))))) + shortcut).
+
+    Args:
+        x: [B, C, ...] float32 or float64 on a CPU; channels last in memory, or it is copied.
+        shortcut: [B, K, ...]; none: x itself.
+        middle: conv2 as a module, for its stride, padding and groups.
+        eps: of all three norms.
+
+    Returns:
+        [B, K, ...], and the mean and the unbiased variance of each norm.
+    """
+    return _Bottleneck.apply(x, shortcut, middle, eps, *parameters)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[K, C] of a kernel of one place."""
+    return weight.flatten(1)
+
+
+def _empty(rows: Tensor, channels: int) -> Tensor:
+    return fresh((len(rows), channels), rows.dtype, rows.device)
+
+
+class _Norm(NamedTuple):
+    """What a norm with a ReLU needs to be computed again."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def apply(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return normalize(rows, self.mean, self.scale, weight, bias).relu_()
+
+    def backward(
+        self, rows: Tensor, y: Tensor, grad: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of its input, weight and bias for that of y, which it overwrites."""
+        torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
+        d_bias, d_weight = gradients(rows, grad, self.mean, self.scale)
+        total = torch.full_like(self.mean, len(rows))
+        return (
+            input_gradient(rows, grad, self.mean, self.scale, weight, d_weight, d_bias, total),
+            d_weight,
+            d_bias,
+        )
+
+
+class _Bottleneck(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor | None,
+        middle: nn.Module,
+        eps: float,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        p, rows = Parameters(*tensors), as_rows(x)
+        c1 = torch.mm(rows, _matrix(p.conv1).t(), out=_empty(rows, len(p.conv1)))
+        variance1, mean1 = moments(c1)
+        norm1 = _Norm(mean1, torch.rsqrt(variance1 + eps))
+        y1 = as_maps(norm1.apply(c1, p.weight1, p.bias1), x)
+        second = middle._conv_forward(y1, p.conv2, None)
+        c2 = as_rows(second)
+        del y1
+        variance2, mean2 = moments(c2)
+        norm2 = _Norm(mean2, torch.rsqrt(variance2 + eps))
+        z = norm2.apply(c2, p.weight2, p.bias2)
+        center = z.mean(0)
+        z -= center
+        covariance = z.t() @ z / len(z)
+        conv3 = _matrix(p.conv3)
+        variance3 = (conv3 @ covariance * conv3).sum(1)
+        scale3 = torch.rsqrt(variance3 + eps)
+        y = _empty(c2, len(conv3))
+        torch.add(rows if shortcut is None else as_rows(shortcut), p.bias3, out=y)
+        torch.addmm(y, z, (conv3 * (p.weight3 * scale3)[:, None]).t(), out=y)
+        out = as_maps(y.relu_(), second)
+        small = (mean1, norm1.scale, mean2, norm2.scale, center, covariance, scale3)
+        ctx.save_for_backward(x, c1, c2, out, *small, *tensors)
+        ctx.middle, ctx.has_shortcut = middle, shortcut is not None
+        found = [mean1, variance1, mean2, variance2, conv3 @ center, variance3]
+        for place, count in ((1, len(c1)), (3, len(c2)), (5, len(c2))):
+            found[place] = found[place] * (count / max(count - 1, 1))
+        ctx.mark_non_differentiable(*found)
+        return out, *found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, c1, c2, out, *small = ctx.saved_tensors[:11]
+        mean1, scale1, mean2, scale2, center, covariance, scale3 = small
+        p, norm1, norm2 = (
+            Parameters(*ctx.saved_tensors[11:]),
+            _Norm(mean1, scale1),
+            _Norm(mean2, scale2),
+        )
+        rows, conv3, upstream, y = as_rows(x), _matrix(p.conv3), as_rows(grad), as_rows(out)
+        masked = _empty(y, y.shape[1])
+        torch.ops.aten.threshold_backward.grad_input(upstream, y, 0, grad_input=masked)
+        del grad, upstream
+
+        y2 = norm2.apply(c2, p.weight2, p.bias2)
+        z = y2 - center
+        d_bias3 = masked.sum(0)
+        along = masked.t() @ z
+        d_weight3 = scale3 * (conv3 * along).sum(1)
+        factor = p.weight3 * scale3
+        share = factor * scale3 * d_weight3
+        d_conv3 = factor[:, None] * along - share[:, None] * (conv3 @ covariance)
+        d_y2 = torch.mm(masked, factor[:, None] * conv3, out=_empty(z, z.shape[1]))
+        inner = conv3.t() @ (conv3 * (share / len(z))[:, None])
+        torch.addmm(d_y2, z, inner, alpha=-1, out=d_y2)
+        d_y2 -= (factor * d_bias3 / len(z)) @ conv3
+        del z
+
+        d_c2, d_weight2, d_bias2 = norm2.backward(c2, y2, d_y2, p.weight2)
+        del y2, d_y2
+        y1 = norm1.apply(c1, p.weight1, p.bias1)
+        d_y1, d_conv2 = differentiate(ctx.middle, as_maps(d_c2, out), as_maps(y1, x), p.conv2)
+        d_c1, d_weight1, d_bias1 = norm1.backward(c1, y1, as_rows(d_y1), p.weight1)
+        d_conv1 = d_c1.t() @ rows
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            if ctx.has_shortcut:
+                d_x = torch.mm(d_c1, _matrix(p.conv1), out=_empty(rows, rows.shape[1]))
+            else:
+                d_x = torch.addmm(masked, d_c1, _matrix(p.conv1), out=masked)
+            d_x = as_maps(d_x, x)
+        return (
+            d_x,
+            as_maps(masked, out) if ctx.has_shortcut else None,
+            None,
+            None,
+            d_conv1.view_as(p.conv1),
+            d_weight1,
+            d_bias1,
+            d_conv2,
+            d_weight2,
+            d_bias2,
+            d_conv3.view_as(p.conv3),
+            d_weight3,
+            d_bias3,
+        )
