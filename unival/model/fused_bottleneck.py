@@ -11,7 +11,7 @@ and, with dy the gradient of the sum and P = dy^T z,
 
     dg = scale sum_c(W P),  db = sum(dy),
     dW = g scale P - g scale^2 dg W S,
-    dz = dy (g scale W) - z W^T diag(g scale^2 dg / N) W - W^T (g scale db) / N.
+    dz = dy (g scale W) - z W^T diag(g scale^2 dg / N) W, less its mean over the places.
 
 The two products with S cost a sixth of the convolution's own. Kept for the backward pass are the
 block's input and output and what the first two convolutions gave.
@@ -166,7 +166,7 @@ class _Bottleneck(torch.autograd.Function):
         d_y2 = torch.mm(masked, factor[:, None] * conv3, out=_empty(z, z.shape[1]))
         inner = conv3.t() @ (conv3 * (share / len(z))[:, None])
         torch.addmm(d_y2, z, inner, alpha=-1, out=d_y2)
-        d_y2 -= (factor * d_bias3 / len(z)) @ conv3
+        d_y2 -= d_y2.mean(0)
         del z
 
         d_c2, d_weight2, d_bias2 = norm2.backward(c2, y2, d_y2, p.weight2)
