@@ -26,21 +26,26 @@ PRODUCTS_ARE_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX2"
 LEAST_CHANNELS, LEAST_CHANNELS_WEIGHT = 128, 64
 
 
-def takes(x: Tensor, weight: Tensor, module: nn.Conv2d) -> bool:
-    """Whether `convolution` computes what a module does with a weight, and is the faster way."""
+def takes(x: Tensor, weight: Tensor, module: nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether `convolution` computes what a module does with a weight, and is the faster way.
+
+    Clips [B, C, F, h, w] are pictures of F h rows to a kernel of one place.
+    """
     if x.device.type != "cpu" or not PRODUCTS_ARE_FASTER or x.numel() == 0:
         return False
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    if module.stride not in ((1, 1), (2, 2)) or module.dilation != (1, 1) or module.groups != 1:
+    kernel, axes = tuple(weight.shape[2:]), weight.ndim - 2
+    if module.dilation != (1,) * axes or module.groups != 1:
         return False
-    kernel = tuple(weight.shape[2:])
     padding = tuple(size // 2 for size in kernel)
     if module.padding_mode != "zeros" or module.padding != padding:
         return False
-    return kernel == (1, 1) or (
-        kernel == (3, 3) and min(weight.shape[:2]) >= LEAST_CHANNELS_WEIGHT
-    )
+    if axes == 3:
+        return kernel == (1, 1, 1) and module.stride == (1, 1, 1)
+    if module.stride not in ((1, 1), (2, 2)):
+        return False
+    return kernel == (1, 1) or (kernel == (3, 3) and min(weight.shape[:2]) >= LEAST_CHANNELS_WEIGHT)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:

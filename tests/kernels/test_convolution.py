@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unival.kernels.convolution import op, winograd
 from unival.kernels.convolution.op import convolution
-from unival.model.convolution import Conv2d
+from unival.model.convolution import Conv2d, Conv3d, differentiate
 
 SHAPES = [  # rows, channels, outputs, height, width, kernel, stride
     (2, 5, 7, 6, 8, 3, 1),
@@ -194,3 +194,54 @@ def test_other_processors_keep_torch_s_convolutions(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", True)
     assert op.takes(x, weight, module)
     assert not op.takes(x.bfloat16(), weight.bfloat16(), module)
+
+
+CLIPS = [  # channels, outputs, kernel, stride, padding, groups; frames, height, width
+    (6, 4, 3, (1, 1, 1), 1, 2, (1, 5, 4)),
+    (6, 4, 3, (2, 2, 2), 1, 2, (1, 5, 4)),
+    (6, 4, 3, (1, 1, 1), 1, 2, (2, 5, 4)),
+    (3, 4, (7, 5, 3), (1, 2, 2), (3, 2, 1), 1, (1, 6, 7)),
+    (3, 4, (2, 3, 3), 1, 1, 1, (1, 6, 7)),  # every tap of time sees the frame once
+    (6, 5, 1, (1, 1, 1), 0, 1, (3, 4, 2)),
+    (6, 5, 1, (1, 2, 2), 0, 1, (3, 4, 2)),
+]
+
+
+@pytest.mark.parametrize("products", [True, False])
+@pytest.mark.parametrize("sizes", CLIPS, ids=str)
+def test_clips(sizes: tuple, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the module and by `differentiate`, against torch's own in float64."""
+    monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", products)
+    channels, outputs, kernel, stride, padding, groups, places = sizes
+    torch.manual_seed(0)
+    module = Conv3d(channels, outputs, kernel, stride, padding, groups=groups, bias=False)
+    exact = torch.nn.Conv3d(channels, outputs, kernel, stride, padding, groups=groups, bias=False)
+    exact.load_state_dict(module.state_dict())
+    x = torch.randn(2, channels, *places).to(memory_format=torch.channels_last_3d)
+    wide = x.double().requires_grad_()
+    wanted = exact.double()(wide)
+    grad = torch.randn(wanted.shape)
+    wanted.backward(grad.double())
+    x.requires_grad_()
+    y = module(x)
+    y.backward(grad)
+    told = differentiate(module, grad, x.detach(), module.weight.detach())
+    for found, value in (
+        (y, wanted),
+        (x.grad, wide.grad),
+        (module.weight.grad, exact.weight.grad),
+        (told[0], wide.grad),
+        (told[1], exact.weight.grad),
+    ):
+        assert found.shape == value.shape
+        assert (found - value).abs().max() <= 1e-5 * value.abs().max()
+
+
+def test_one_frame_between_padding_takes_a_third_of_the_operations() -> None:
+    module = Conv3d(8, 8, 3, padding=1, groups=4, bias=False)
+    found = []
+    for frames in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            module(torch.zeros(1, 8, frames, 4, 4))
+        found.append(counter.get_total_flops() / frames)
+    assert found[0] * 3 == found[1] == 2 * 4 * 4 * 8 * 2 * 27

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unival.model import batchnorm, fused_bottleneck
+from unival.model import batchnorm, fused_bottleneck, residual
 from unival.model.batchnorm import set_batchnorm_contribution, set_batchnorm_statistics
 from unival.model.image_encoder import Bottleneck2d
 from unival.model.residual import Bottleneck
@@ -21,7 +21,14 @@ CASES = {  # block, its channels, planes, stride, projection and groups; maps
     "one place of a channel": (Bottleneck2d, (32, 8, 1, False, 1), (1, 32, 1, 1)),
     "clips": (Bottleneck3d, (16, 8, 1, False, 4), (2, 16, 2, 3, 5)),
     "clips, stride": (Bottleneck3d, (6, 8, 2, True, 2), (1, 6, 3, 4, 5)),
+    "clips of one frame": (Bottleneck3d, (16, 8, 1, False, 4), (2, 16, 1, 3, 5)),
 }
+
+
+@pytest.fixture(autouse=True)
+def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maps here are small; which are worth it has a test of its own."""
+    monkeypatch.setattr(residual, "LEAST_PLACES", 0)
 
 
 def given(case: str) -> tuple[Bottleneck, Tensor, Tensor]:
@@ -86,9 +93,7 @@ def test_it_is_as_exact_as_torch(case: str) -> None:
     exact = results(plain, *given(case), torch.float64)
     theirs, found = (results(form, *given(case)) for form in (plain, ours))
     for name, wanted in exact.items():
-        error, allowed = (
-            (one[name] - wanted).norm() / wanted.norm() for one in (found, theirs)
-        )
+        error, allowed = ((one[name] - wanted).norm() / wanted.norm() for one in (found, theirs))
         assert error <= 4 * allowed + 2e-7, (name, float(error), float(allowed))
 
 
@@ -185,6 +190,14 @@ def test_what_is_not_trained_by_batches_gets_the_modules() -> None:
     assert block.is_one_function(x)
 
 
+def test_few_places_get_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two places of a step of 2 for each of the output's 32 channels."""
+    monkeypatch.setattr(residual, "LEAST_PLACES", 2)
+    block = given("stride")[0]
+    assert block.is_one_function(torch.zeros(4, 12, 7, 8))
+    assert not block.is_one_function(torch.zeros(4, 12, 7, 6))
+
+
 def test_a_batch_that_stands_in_leaves_running_statistics_alone() -> None:
     block, x, _ = given("projection")
     before = {name: value.clone() for name, value in block.named_buffers()}
@@ -203,7 +216,9 @@ def test_maps_without_a_gradient_and_frozen_weights() -> None:
     block.conv1.requires_grad_(False)
     ours(block, x).backward(grad)
     assert block.conv1.weight.grad is None
-    torch.testing.assert_close(block.conv2.weight.grad, wanted["conv2.weight"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        block.conv2.weight.grad, wanted["conv2.weight"], rtol=1e-4, atol=1e-5
+    )
     with torch.no_grad():
         y = ours(block, x)
     torch.testing.assert_close(y, wanted["y"], rtol=1e-5, atol=1e-5)

@@ -64,14 +64,17 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     By torch's sums: its variances of channels-last maps take longer and are no more exact.
     """
     mean = rows.mean(0, dtype=_wide(rows.dtype))
-    squares = sum((part - mean).square_().sum(0) for part in _parts(rows))
+    squares = torch.zeros_like(mean)
+    for part in _parts(rows):
+        squares += (part - mean).square_().sum(0)
     return squares / len(rows), mean
 
 
 def gradients(rows: Tensor, grad: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the bias and the weight: sums over N of dy and of dy x'."""
-    parts = zip(_parts(rows), _parts(grad), strict=True)
-    along = sum((x - mean).mul_(part).sum(0) for x, part in parts)
+    along = torch.zeros_like(mean)
+    for x, part in zip(_parts(rows), _parts(grad), strict=True):
+        along += (x - mean).mul_(part).sum(0)
     return grad.sum(0, dtype=mean.dtype), along * scale
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unival.kernels.convolution.op import convolution, convolution_backward, takes
 
@@ -18,17 +19,33 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv3d(nn.Conv3d):
-    """A 3-D convolution that computes half precision in float32 on a CPU.
+    """A 3-D convolution that computes half precision in float32 on a CPU, and one frame in 2-D.
 
     torch 2.14 returns bf16 weight gradients there that hold uninitialised memory now and then, and
-    aborts the process in the stem's.
+    aborts the process in the stem's. With one frame between two of padding, as in the last two
+    stages of an encoder of 8 frames, all weights but the middle ones see zeros alone.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
-            return super()._conv_forward(x, weight, bias)
+        if takes(x, weight, self):
+            y = convolution(x.flatten(2, 3), weight.flatten(2, 3), bias)
+            return y.unflatten(2, x.shape[2:4])
+        weight, padding = seeing(self, x, weight)
+        sizes = (self.stride, padding, self.dilation, self.groups)
+        if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+            return F.conv3d(x, weight, bias, *sizes)
         wide = None if bias is None else bias.float()
-        return super()._conv_forward(x.float(), weight.float(), wide).to(x.dtype)
+        return F.conv3d(x.float(), weight.float(), wide, *sizes).to(x.dtype)
+
+
+def seeing(
+    module: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The part of a weight that sees more than padding, and the padding that it takes."""
+    padding: tuple[int, ...] = tuple(map(int, module.padding))
+    if x.ndim == 5 and x.shape[2] == 1 and module.kernel_size[0] == 2 * padding[0] + 1:
+        return weight.narrow(2, padding[0], 1), (0, *padding[1:])
+    return weight, padding
 
 
 def differentiate(
@@ -37,9 +54,14 @@ def differentiate(
     """Gradients of what a module convolves with a weight, and of the weight; no bias."""
     if isinstance(module, Conv2d) and takes(x, weight, module):
         return convolution_backward(grad, x, weight, module.stride[0], True, True)
-    sizes = (module.stride, module.padding, module.dilation)
+    part, padding = seeing(module, x, weight)
+    sizes = (module.stride, padding, module.dilation)
     places = [0] * (x.ndim - 2)
-    d_x, d_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, *sizes, False, places, module.groups, [True, True, False]
+    d_x, d_part, _ = torch.ops.aten.convolution_backward(
+        grad, x, part, None, *sizes, False, places, module.groups, [True, True, False]
     )
+    if part is weight:
+        return d_x, d_part
+    d_weight = torch.zeros_like(weight)
+    d_weight.narrow(2, weight.shape[2] // 2, 1).copy_(d_part)
     return d_x, d_weight

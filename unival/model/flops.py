@@ -37,10 +37,14 @@ def conv(
     stride: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> tuple[int, list[int]]:
-    """A convolution of one sample, padded by kernel // 2: its operations and its output's shape."""
+    """A convolution of one sample, padded by kernel // 2: its operations and its output's shape.
+
+    One frame meets one weight in time: the rest see padding alone.
+    """
     strides = [stride] * len(shape) if isinstance(stride, int) else stride
+    axes = len(shape) - 1 if len(shape) == 3 and shape[0] == 1 else len(shape)
     shape = [(n + 2 * (kernel // 2) - kernel) // s + 1 for n, s in zip(shape, strides, strict=True)]
-    return 2 * prod(shape) * out * (channels // groups) * kernel ** len(shape), shape
+    return 2 * prod(shape) * out * (channels // groups) * kernel**axes, shape
 
 
 def _bottlenecks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from unival.model.convolution import Conv2d, Conv3d
 from unival.model.fused_bottleneck import Parameters, bottleneck
 
 STEM_CHANNELS = 64
+LEAST_PLACES = 2  # for each channel of a block's output
 
 
 class Bottleneck(nn.Module):
@@ -47,14 +49,18 @@ class Bottleneck(nn.Module):
         return self.bn3(self.conv3(y), shortcut, relu=True)
 
     def is_one_function(self, x: Tensor) -> bool:
-        """Whether a CPU trains the block with statistics of this very batch, and nobody waits for
-        what is inside."""
+        """Whether a CPU trains the block with statistics of this very batch, nobody waits for what
+        is inside, and maps have so many places that covariances are small beside them."""
         inner = (self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3)
+        places = len(x)
+        for size, stride in zip(x.shape[2:], self.conv2.stride, strict=True):
+            places *= math.ceil(size / stride)
         return (
             x.device.type in ("cpu", "meta")
             and x.dtype in (torch.float32, torch.float64)
             and x.dtype == self.conv1.weight.dtype
-            and x.numel() > 0
+            and places > 0
+            and places >= LEAST_PLACES * self.bn3.num_features
             and not torch.compiler.is_compiling()
             and all(norm.norms_by_batch() for norm in (self.bn1, self.bn2, self.bn3))
             and not any(m._forward_hooks or m._forward_pre_hooks for m in inner)

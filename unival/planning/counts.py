@@ -245,8 +245,7 @@ def drop_gradient(parameter: Tensor) -> None:
 def run_as_on_gpu(model: nn.Module) -> None:
     """Let modules that do otherwise on a GPU call the operators that they call there.
 
-    Norms are one operator; 3-D convolutions compute half precision in half precision; a bottleneck
-    is its modules.
+    Norms are one operator; a bottleneck is its modules.
     """
     for module in model.modules():
         if isinstance(module, Bottleneck):
@@ -257,9 +256,6 @@ def run_as_on_gpu(model: nn.Module) -> None:
             module.of_sum = partial(_sum_norm, module)  # type: ignore[method-assign]
         elif isinstance(module, BatchNorm2d | BatchNorm3d) and not module.folded:
             module.forward = partial(_batch_norm, module)  # type: ignore[method-assign]
-        elif isinstance(module, nn.Conv3d):
-            plain = partial(nn.Conv3d._conv_forward, module)
-            module._conv_forward = plain  # type: ignore[method-assign]
 
 
 def _never(x: Tensor) -> bool:
