@@ -118,7 +118,7 @@ def sections(folder: Path, device: str, quick: bool) -> list[Section]:
     hours += [
         f"{t}/{m}" for t in ("coco", "vqav2", "refcocoplus") for m in ("ofa_base", "unival_base")
     ]
-    hours += ["--precision", "bf16"] if gpu else ["--batch-factor", "4", "--image-factor", "2"]
+    hours += ["--precision", "bf16"] if gpu else []
     sizes = {
         "eager": ["--steps", "3", "--warmup", "1"],
         "hours": [*hours, "--steps", "3", "--warmup", "1"],

@@ -6,10 +6,10 @@
 `eager` has our model's weights and computes what the released code computes, in the way it does:
 the product of the positions is cloned for every layer and relative biases are gathered onto it for
 every pair of tokens and every row, scores are in memory and their softmax is float32, every norm,
-activation, dropout and sum is an operator of its own, maps of pictures and clips are NCHW, batch
-norm is torch's, media that rows share are encoded once a row, the loss makes the logits of all
-positions and their whole log-softmax, and AdamW goes through the parameters one by one. Batch comes
-first in its tensors, where the released code has the sequence first.
+activation, dropout and sum is an operator of its own, maps of pictures and clips are NCHW, norms
+and convolutions are torch's, media that rows share are encoded once a row, the loss makes the
+logits of all positions and their whole log-softmax, and AdamW goes through the parameters one by
+one. Batch comes first in its tensors, where the released code has the sequence first.
 
 Every variant is a process of its own, since peak memory is a process's; they take turns (A B C,
 C B A, ...), so that what the machine does meets all alike. Before, one row's loss and gradients
@@ -41,9 +41,10 @@ from torch.nn import functional as F
 from train_step import DTYPES, ROOT, describe_machine
 
 from unival.data.batch import MEDIUM_KEYS
+from unival.kernels.cpu_memory import keep_freed
 from unival.model.batchnorm import BatchNorm2d, BatchNorm3d
 from unival.model.configuration import UnivalConfig
-from unival.model.convolution import Conv2d
+from unival.model.convolution import Conv2d, Conv3d
 from unival.model.encoder import MEDIUM, TEXT
 from unival.model.image_encoder import ImageEncoder
 from unival.model.modeling import UnivalForConditionalGeneration
@@ -100,9 +101,10 @@ def plain_modules(model: nn.Module) -> None:
                 plain = kind(own.num_features, own.eps, own.momentum)
                 for buffer in ("running_mean", "running_var", "num_batches_tracked"):
                     setattr(plain, buffer, getattr(own, buffer))
-            elif isinstance(own, Conv2d):
-                sizes = (own.kernel_size, own.stride, own.padding)
-                plain = nn.Conv2d(own.in_channels, own.out_channels, *sizes, bias=False)
+            elif isinstance(own, Conv2d | Conv3d):
+                form = nn.Conv2d if isinstance(own, Conv2d) else nn.Conv3d
+                sizes = (own.kernel_size, own.stride, own.padding, own.dilation, own.groups)
+                plain = form(own.in_channels, own.out_channels, *sizes, bias=False)  # type: ignore[arg-type]
             else:
                 continue
             plain.weight, plain.bias = own.weight, own.bias
@@ -380,6 +382,8 @@ class Subject:
         model = UnivalForConditionalGeneration(config).train()
         freeze(model, [], ["image"])
         eager = variant.formulation == "eager"
+        if not eager and args.device == "cpu":
+            keep_freed()  # as training does
         self.model = (EagerModel(model) if eager else model).to(self.device, dtype).train()
         self.batch = {name: x.to(self.device) for name, x in make_batch(config, args).items()}
         self.batch["pixel_values"] = self.batch["pixel_values"].to(dtype)

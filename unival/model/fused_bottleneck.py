@@ -2,12 +2,12 @@
 
 Module by module, the wide maps [N, K] of a block (N places, K = 2 C or 4 C channels) are read or
 written sixteen times beside the products of matrices, and four maps are kept that can be computed
-again. Here the last convolution takes its norm over, whose statistics follow from its input: with
-y = W z + shortcut, z the centered [N, C] input and S = z^T z / N its covariance,
+again. Here the last convolution takes its norm over, whose statistics follow from its input: with W
+[K, C] the convolution, z [N, C] its centered input and S = z^T z / N their covariance,
 
     var = diag(W S W^T),  scale = 1 / sqrt(var + eps),  out = relu(z (g scale W)^T + b + shortcut),
 
-and, with dy the gradient of the sum and P = dy^T z,
+and, with dy the gradient before the ReLU and P = dy^T z,
 
     dg = scale sum_c(W P),  db = sum(dy),
     dW = g scale P - g scale^2 dg W S,
@@ -101,6 +101,8 @@ class _Norm(NamedTuple):
 
 
 class _Bottleneck(torch.autograd.Function):
+    """The formulas above; those of the first two norms are _NormalizeBatch's."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -145,11 +147,8 @@ class _Bottleneck(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, c1, c2, out, *small = ctx.saved_tensors[:11]
         mean1, scale1, mean2, scale2, center, covariance, scale3 = small
-        p, norm1, norm2 = (
-            Parameters(*ctx.saved_tensors[11:]),
-            _Norm(mean1, scale1),
-            _Norm(mean2, scale2),
-        )
+        p = Parameters(*ctx.saved_tensors[11:])
+        norm1, norm2 = _Norm(mean1, scale1), _Norm(mean2, scale2)
         rows, conv3, upstream, y = as_rows(x), _matrix(p.conv3), as_rows(grad), as_rows(out)
         masked = _empty(y, y.shape[1])
         torch.ops.aten.threshold_backward.grad_input(upstream, y, 0, grad_input=masked)

@@ -50,7 +50,10 @@ class Bottleneck(nn.Module):
 
     def is_one_function(self, x: Tensor) -> bool:
         """Whether a CPU trains the block with statistics of this very batch, nobody waits for what
-        is inside, and maps have so many places that covariances are small beside them."""
+        is inside, and maps have so many places that covariances are small beside them.
+
+        Without values ("meta") as on a CPU: such passes are counted for both (unival/planning).
+        """
         inner = (self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3)
         places = len(x)
         for size, stride in zip(x.shape[2:], self.conv2.stride, strict=True):
