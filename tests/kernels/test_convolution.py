@@ -237,6 +237,24 @@ def test_clips(sizes: tuple, products: bool, monkeypatch: pytest.MonkeyPatch) ->
         assert (found - value).abs().max() <= 1e-5 * value.abs().max()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": "same"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
+        {"kernel_size": 3, "padding": (2, 1, 1), "dilation": (2, 1, 1)},
+        {"kernel_size": (3, 1, 1), "padding": (2, 0, 0)},
+        {"kernel_size": (1, 3, 3), "padding": (0, 1, 1)},
+    ],
+    ids=str,
+)
+def test_one_frame_in_other_padding(options: dict) -> None:
+    module, plain = Conv3d(4, 6, groups=2, **options), torch.nn.Conv3d(4, 6, groups=2, **options)
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(2, 4, 1, 5, 6)
+    torch.testing.assert_close(module(x), plain(x))
+
+
 def test_one_frame_between_padding_takes_a_third_of_the_operations() -> None:
     module = Conv3d(8, 8, 3, padding=1, groups=4, bias=False)
     found = []

@@ -53,8 +53,9 @@ def _fresh(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _parts(rows: Tensor) -> Iterator[Tensor]:
-    """[N, C] part by part, in the dtype that sums have; what is made of a part is small."""
-    for part in rows.split(max(1, BLOCK // rows.shape[1])):
+    """[N, C] in the dtype that sums have; on a CPU part by part, so that what is made is small."""
+    whole = rows.device.type != "cpu" or torch.compiler.is_compiling()
+    for part in rows.split(max(1, len(rows) if whole else BLOCK // rows.shape[1])):
         yield part.to(_wide(part.dtype))
 
 

@@ -30,22 +30,29 @@ class Conv3d(nn.Conv3d):
         if takes(x, weight, self):
             y = convolution(x.flatten(2, 3), weight.flatten(2, 3), bias)
             return y.unflatten(2, x.shape[2:4])
-        weight, padding = seeing(self, x, weight)
-        sizes = (self.stride, padding, self.dilation, self.groups)
         if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-            return F.conv3d(x, weight, bias, *sizes)
+            return self._convolve(x, weight, bias)
         wide = None if bias is None else bias.float()
-        return F.conv3d(x.float(), weight.float(), wide, *sizes).to(x.dtype)
+        return self._convolve(x.float(), weight.float(), wide).to(x.dtype)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        part, padding = seeing(self, x, weight)
+        if part is weight:
+            return super()._conv_forward(x, weight, bias)
+        return F.conv3d(x, part, bias, self.stride, padding, self.dilation, self.groups)
 
 
 def seeing(
     module: nn.Conv2d | nn.Conv3d, x: Tensor, weight: Tensor
-) -> tuple[Tensor, tuple[int, ...]]:
-    """The part of a weight that sees more than padding, and the padding that it takes."""
-    padding: tuple[int, ...] = tuple(map(int, module.padding))
-    if x.ndim == 5 and x.shape[2] == 1 and module.kernel_size[0] == 2 * padding[0] + 1:
-        return weight.narrow(2, padding[0], 1), (0, *padding[1:])
-    return weight, padding
+) -> tuple[Tensor, tuple[int, ...] | str]:
+    """The part of a weight that sees more than zeros, and the padding that it takes."""
+    padding = module.padding
+    if x.ndim == 4 or x.shape[2] > 1 or module.padding_mode != "zeros" or isinstance(padding, str):
+        return weight, padding
+    before, *places = padding
+    if module.kernel_size[0] != 2 * before + 1 or module.dilation[0] != 1 or before == 0:
+        return weight, padding
+    return weight.narrow(2, before, 1), (0, *places)
 
 
 def differentiate(
