@@ -2,12 +2,11 @@
 
 malloc hands large memory back to the system at once, so that large maps and an embedding's gradient
 are new memory in every step, and touching its pages for the first time takes longer than the
-operations that fill it. For smaller memory a process can tell malloc to keep it.
+operations that fill it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import weakref
@@ -17,23 +16,9 @@ import torch
 from torch import Tensor
 
 SMALLEST = 16 << 20  # bytes; malloc keeps smaller memory itself
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-HIGHEST_MMAP_THRESHOLD = 32 << 20  # bytes that glibc takes
 MOST_IDLE = 1 << 28  # bytes that wait to be used again; beyond, the oldest goes back to the system
 
 _idle: deque[mmap.mmap] = deque()
-
-
-def keep_freed() -> None:
-    """Let this process's malloc keep what is freed, in blocks of up to 32 MB, for the next step.
-
-    Otherwise glibc gives the end of its heap back as soon as 64 MB of it are free, several times in
-    a step. Where malloc is not glibc's nothing changes.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, HIGHEST_MMAP_THRESHOLD)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 from collections import deque
 
 import pytest
@@ -55,32 +52,3 @@ def test_the_oldest_idle_memory_goes_back(idle: deque, monkeypatch: pytest.Monke
 def test_small_memory_is_left_to_malloc(idle: deque) -> None:
     cpu_memory.fresh((1 << 18,), torch.uint8, CPU)
     assert not idle
-
-
-SECOND_TOUCH = """
-import resource, sys, torch
-from unival.kernels import cpu_memory
-
-if sys.argv[1] == "keep":
-    cpu_memory.keep_freed()
-torch.set_num_threads(1)
-pages = []
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    held = [torch.ones(2 << 20) for _ in range(24)]  # 8 MB each
-    del held
-    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(pages[-1])
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
-def test_kept_memory_is_not_touched_anew() -> None:
-    """192 MB have 49,152 pages of 4 KB; without, all but 64 MB go back each time."""
-
-    def touched(mode: str) -> int:
-        command = [sys.executable, "-c", SECOND_TOUCH, mode]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    assert touched("keep") < 5_000
-    assert touched("plain") > 20_000
