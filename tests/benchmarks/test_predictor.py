@@ -1,8 +1,8 @@
 """The predictor against passes that were measured: predictor_cpu.json beside this file.
 
-Made by benchmarks/predictor_check.py --json on one core of an AMD EPYC (AVX2), on shapes that
-neither the calibration nor the predictor was made with; the same run saved
-configs/ceilings/cpu_reference.yaml.
+Made by benchmarks/predictor_check.py --ceilings configs/ceilings/cpu_reference.yaml --json on one
+core of an AMD EPYC (AVX2), on shapes that neither the calibration nor the predictor was made with;
+a run before had saved the ceilings.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from unival.planning.ceilings import read_ceilings
 
 ROOT = Path(__file__).parents[2]
 BOUND = 0.15
-# Beyond the bound when it was measured, by 2 %.
-KNOWN = {((224, 40, 14), "ofa_base image_encoder")}
 
 
 @pytest.fixture(scope="module")
@@ -57,4 +55,4 @@ def test_shares_of_modules_lie_within_the_bound(compared: list[dict]) -> None:
         if name != "ratio" and name not in row["small"]
     ]
     assert len(judged) >= 40
-    assert {(shape, name) for shape, name, off in judged if abs(off) > BOUND} == KNOWN
+    assert not [one for one in judged if abs(one[2]) > BOUND]
