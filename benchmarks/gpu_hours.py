@@ -623,18 +623,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help="a config of configs/model in place of every case's own")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
-    for name, what in (
-        ("batch-factor", "media of a pass are divided by it (1; measured on a CPU 4)"),
-        ("image-factor", "pixels of a side are divided by it (1; measured on a CPU 2)"),
-    ):
-        parser.add_argument(f"--{name}", type=int, help=what)
-        parser.set_defaults(**{f"least:{name}": 1})
     for name, number, least, what in (
-        ("steps", 5, 1, "steps that are timed"),
-        ("warmup", 2, 0, "steps before"),
-        ("threads", 0, 0, "of torch; 0: as many as it takes by itself"),
+        ("batch-factor", None, 1, "media of a pass are divided by it (1; measured on a CPU 4)"),
+        ("image-factor", None, 1, "pixels of a side are divided by it (1; measured on a CPU 2)"),
+        ("steps", 5, 1, "steps that are timed (5)"),
+        ("warmup", 2, 0, "steps before (2)"),
+        ("threads", 0, 0, "of torch; 0: as many as it takes by itself (0)"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=number, help=f"{what} ({number})")
+        parser.add_argument(f"--{name}", type=int, default=number, help=what)
         parser.set_defaults(**{f"least:{name}": least})
     parser.add_argument("--predict", nargs="*", default=["H100"], metavar="GPU", help="(H100)")
     parser.add_argument("--predict-only", action="store_true", help="measure nothing")

@@ -89,13 +89,12 @@ def shapes(config: UnivalConfig, clip: tuple[int, ...]) -> dict[tuple, tuple[int
         key = (tuple(inputs[0].shape[1:]), module.stride)
         found[key] = (found.get(key, (0, module))[0] + 1, module)
 
-    for name, module in encoder.named_modules():
-        if name.endswith("conv2"):
-            module.register_forward_hook(saw)
+    middle = [module for name, module in encoder.named_modules() if name.endswith("conv2")]
+    hooks = [module.register_forward_hook(saw) for module in middle]
     with torch.no_grad():
         encoder.eval()(torch.zeros(1, *clip))
-    for module in encoder.modules():
-        module._forward_hooks.clear()
+    for hook in hooks:
+        hook.remove()
     return found
 
 
@@ -142,19 +141,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="unival_base", help="of configs/model (unival_base)")
+    names = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
+    parser.add_argument("--config", default="unival_base", choices=names)
     parser.add_argument("--batch", type=int, default=2, help="clips (2)")
     parser.add_argument("--frames", type=int, default=8, help="of a clip (8)")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side (224)")
     parser.add_argument("--repeats", type=int, default=5, help="after one that is not counted (5)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as it takes by itself")
     args = parser.parse_args()
-    if min(args.batch, args.frames, args.size, args.repeats) < 1:
-        parser.error("sizes and repeats are at least 1")
+    if min(args.batch, args.frames, args.size, args.repeats) < 1 or args.threads < 0:
+        parser.error("sizes and repeats are at least 1, threads at least 0")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     config = UnivalConfig.from_yaml(ROOT / "configs" / "model" / f"{args.config}.yaml")
+    if config.video_layers is None:
+        parser.error(f"--config {args.config}: it has no video encoder")
     meter, found, calls = LoadMeter(), {}, {}
     meter.begin()
     own = time.process_time()

@@ -154,7 +154,7 @@ def _torch_backward(
 
 def _gradient_by_windows(x: Tensor, grad: Tensor, stride: int) -> Tensor:
     """[K, C, 3, 3] of [B, H, W, C] and the output's gradient [B, h, w, K]: windows of x in memory,
-    stride^2 / 9 of which it would take without a stride, and a product for each row of the batch.
+    9 / stride^2 times as large, and a product for each row of the batch.
     """
     channels, outputs = x.shape[3], grad.shape[3]
     found = x.new_zeros(outputs, 9 * channels)

@@ -1,7 +1,7 @@
 """A bottleneck block in training as one function, for maps that a CPU passes over slowly.
 
 Module by module, the wide maps [N, K] of a block (N places, K = 2 C or 4 C channels) are read or
-written sixteen times beside the products of matrices, and four maps are kept that can be computed
+written sixteen times beside the products of matrices, and three maps are kept that can be computed
 again. Here the last convolution takes its norm over, whose statistics follow from its input: with W
 [K, C] the convolution, z [N, C] its centered input and S = z^T z / N their covariance,
 

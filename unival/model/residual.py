@@ -62,7 +62,6 @@ class Bottleneck(nn.Module):
             x.device.type in ("cpu", "meta")
             and x.dtype in (torch.float32, torch.float64)
             and x.dtype == self.conv1.weight.dtype
-            and places > 0
             and places >= LEAST_PLACES * self.bn3.num_features
             and not torch.compiler.is_compiling()
             and all(norm.norms_by_batch() for norm in (self.bn1, self.bn2, self.bn3))

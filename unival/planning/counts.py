@@ -57,14 +57,8 @@ KINDS = (
 UNTOUCHED = {"empty", "empty_like", "new_empty", "empty_strided", "promote_types", "_assert_async"}
 # Operators that read as much of their first argument as they write.
 LOOKUPS = {"embedding", "index", "index_select", "gather"}
-# Means and variances over a batch of maps, which are slow on a CPU and read twice on a GPU.
-STATISTICS = {
-    "var_mean",
-    "batch_norm_update_stats",
-    "native_batch_norm",
-    "native_batch_norm_backward",
-    "cudnn_batch_norm",
-}
+# Norms by means and variances over a batch of maps, which a GPU reads twice.
+STATISTICS = {"native_batch_norm", "native_batch_norm_backward", "cudnn_batch_norm"}
 # Bytes from which a CPU's allocator gets memory from the system and gives it back at once: glibc's
 # highest M_MMAP_THRESHOLD. Its pages cost more than what is written to them.
 LARGE = 32 * 2**20
