@@ -1,9 +1,10 @@
 """Packaging: the folders kernels/ and data_gpu/ are imported as unival.kernels and
-unival.data_gpu."""
+unival.data_gpu; on x86-64 Linux the passes of kernels/cpu are compiled, where there is a compiler."""
 
+import platform
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -12,6 +13,24 @@ def subpackages(folder: str) -> dict[str, str]:
     """Map unival.<folder> and everything below it to the top-level folder."""
     found = [folder] + [f"{folder}.{name}" for name in find_packages(folder)]
     return {f"unival.{name}": name.replace(".", "/") for name in found}
+
+
+def extensions() -> list[Extension]:
+    """A shared library that ctypes loads; without it PyTorch's operators take over."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return []
+    # Comparisons may be computed for both of their outcomes, or loops with them stay scalar.
+    flags = ["-O3", "-mavx2", "-mfma", "-fno-trapping-math", "-std=c++17"]
+    return [
+        Extension(
+            "unival.kernels.cpu._passes",
+            ["kernels/cpu/rows.cpp", "kernels/cpu/winograd.cpp"],
+            depends=["kernels/cpu/passes.h"],
+            extra_compile_args=[*flags, "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+    ]
 
 
 MAPPED = subpackages("kernels") | subpackages("data_gpu")
@@ -26,6 +45,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["unival", "unival.*"]) + list(MAPPED),
     package_dir=MAPPED,
+    ext_modules=extensions(),
     install_requires=[
         "torch>=2.14",
         "torchvision>=0.24",

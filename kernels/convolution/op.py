@@ -18,12 +18,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from unival.kernels.convolution import winograd
-from unival.kernels.cpu_memory import fresh
+from unival.kernels.cpu.memory import fresh
 
 # Here a constant: torch.compile does not see through the question.
 PRODUCTS_ARE_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX2"
-# Below, Winograd's transforms cost what its products save: in maps, and in a weight's gradient.
-LEAST_CHANNELS, LEAST_CHANNELS_WEIGHT = 128, 64
+LEAST_CHANNELS = 64  # of a 3x3; below, Winograd's transforms cost what its products save
 
 
 def takes(x: Tensor, weight: Tensor, module: nn.Conv2d | nn.Conv3d) -> bool:
@@ -45,7 +44,7 @@ def takes(x: Tensor, weight: Tensor, module: nn.Conv2d | nn.Conv3d) -> bool:
         return kernel == (1, 1, 1) and module.stride == (1, 1, 1)
     if module.stride not in ((1, 1), (2, 2)):
         return False
-    return kernel == (1, 1) or (kernel == (3, 3) and min(weight.shape[:2]) >= LEAST_CHANNELS_WEIGHT)
+    return kernel == (1, 1) or (kernel == (3, 3) and min(weight.shape[:2]) >= LEAST_CHANNELS)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
@@ -88,8 +87,9 @@ def _rows(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).view(-1, maps.shape[1])
 
 
-def _by_winograd(weight: Tensor, stride: int, least: int) -> bool:
-    return weight.shape[2] == 3 and stride == 1 and min(weight.shape[:2]) >= least
+def _by_winograd(x: Tensor, weight: Tensor, stride: int) -> bool:
+    enough = min(weight.shape[:2]) >= LEAST_CHANNELS
+    return weight.shape[2] == 3 and stride == 1 and enough and winograd.takes(x, weight)
 
 
 @torch.library.custom_op("unival::convolution_forward", mutates_args=())
@@ -98,7 +98,7 @@ def _forward(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     if weight.shape[2] == 1 and stride == 1:
         y = _like(x, len(weight))
         torch.mm(_last(x).flatten(0, 2), weight.flatten(1).t(), out=_rows(y))
-    elif _by_winograd(weight, stride, LEAST_CHANNELS):
+    elif _by_winograd(x, weight, stride):
         y = _like(x, len(weight))
         winograd.convolve(_last(x), weight, y.permute(0, 2, 3, 1))
     else:
@@ -123,7 +123,7 @@ def convolution_backward(
         if weight.shape[2] == 1 and stride == 1:
             d_x = _like(x, x.shape[1])
             torch.mm(upstream.flatten(0, 2), weight.flatten(1), out=_rows(d_x))
-        elif _by_winograd(weight, stride, LEAST_CHANNELS):
+        elif _by_winograd(x, weight, stride):
             d_x = _like(x, x.shape[1])
             winograd.input_gradient(upstream, weight, d_x.permute(0, 2, 3, 1))
         else:
@@ -133,7 +133,7 @@ def convolution_backward(
         if weight.shape[2] == 1:
             seen = _last(x)[:, ::stride, ::stride].reshape(-1, x.shape[1])
             d_weight = (upstream.flatten(0, 2).t() @ seen).view(weight.shape)
-        elif _by_winograd(weight, stride, LEAST_CHANNELS_WEIGHT):
+        elif _by_winograd(x, weight, stride):
             d_weight = winograd.weight_gradient(_last(x), upstream)
         elif stride > 1:
             d_weight = _gradient_by_windows(_last(x), upstream, stride)

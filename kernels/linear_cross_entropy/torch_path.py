@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unival.kernels.cpu_memory import fresh
+from unival.kernels.cpu.memory import fresh
 from unival.kernels.linear_cross_entropy.per_token import (
     AT_TARGET,
     IGNORED,

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from unival.kernels import cpu_memory
+from unival.kernels.cpu import memory
 from unival.kernels.linear_cross_entropy import backward, forward, op, torch_path
 from unival.kernels.linear_cross_entropy.op import linear_cross_entropy
 from unival.kernels.linear_cross_entropy.per_token import Inputs, Options
@@ -411,7 +411,7 @@ def test_memory_of_the_cpu_path(
     """Of the buffers, only the embedding's gradient depends on the vocabulary: a small one does."""
     n, classes, dim = 4096, 600, 768
     monkeypatch.setattr(torch_path, "KEEP_BYTES", 0)
-    monkeypatch.setattr(cpu_memory, "SMALLEST", 2**62)  # mapped memory would not be seen
+    monkeypatch.setattr(memory, "SMALLEST", 2**62)  # mapped memory would not be seen
     hidden = torch.randn(n, dim).to(dtype)
     embedding = (0.02 * torch.randn(classes, dim)).to(dtype)
     inputs = Inputs(hidden, embedding, torch.randint(0, classes, (n,)), None, None)

@@ -22,85 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unival.kernels.cpu_memory import fresh
+from unival.kernels.cpu import rows as passes
+from unival.kernels.cpu.rows import Norm, as_maps, as_rows, wide
 
 Statistics = Literal["local", "sync", "frozen", "folded"]
-BLOCK = 1 << 20  # elements of a map that are summed at a time
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What a dtype is computed in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """[C] in the shape that multiplies maps [B, C, ...]."""
     return values.view(1, -1, *[1] * (x.ndim - 2))
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """Maps [B, C, ...] as [N, C]; no copy where channels come last in memory."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1])
-
-
-def as_maps(rows: Tensor, like: Tensor) -> Tensor:
-    """[N, C] as maps of another's places, channels last in memory."""
-    return rows.view(like.shape[0], *like.shape[2:], rows.shape[1]).movedim(-1, 1)
-
-
-def _fresh(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return fresh(tuple(rows.shape), dtype, rows.device)
-
-
-def _parts(rows: Tensor) -> Iterator[Tensor]:
-    """[N, C] in the dtype that sums have; on a CPU part by part, so that what is made is small."""
-    whole = rows.device.type != "cpu" or torch.compiler.is_compiling()
-    for part in rows.split(max(1, len(rows) if whole else BLOCK // rows.shape[1])):
-        yield part.to(_wide(part.dtype))
-
-
-def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Variance and mean over N of [N, C].
-
-    By torch's sums: its variances of channels-last maps take longer and are no more exact.
-    """
-    mean = rows.mean(0, dtype=_wide(rows.dtype))
-    squares = torch.zeros_like(mean)
-    for part in _parts(rows):
-        squares += (part - mean).square_().sum(0)
-    return squares / len(rows), mean
-
-
-def gradients(rows: Tensor, grad: Tensor, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the bias and the weight: sums over N of dy and of dy x'."""
-    along = torch.zeros_like(mean)
-    for x, part in zip(_parts(rows), _parts(grad), strict=True):
-        along += (x - mean).mul_(part).sum(0)
-    return grad.sum(0, dtype=mean.dtype), along * scale
-
-
-def normalize(rows: Tensor, mean: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(x - mean) scale weight + bias of [N, C], in the dtype of the statistics."""
-    factor = scale * weight
-    return torch.addcmul(bias - mean * factor, rows, factor, out=_fresh(rows, mean.dtype))
-
-
-def input_gradient(
-    rows: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor,
-    total: Tensor,
-) -> Tensor:
-    """dx [N, C] of a norm over `total` elements a channel, whose sums of gradients are given."""
-    factor = scale * weight
-    level, along = d_bias / total * factor, d_weight / total * factor * scale
-    d_x = _fresh(rows, mean.dtype)
-    torch.addcmul(along * mean - level, rows, along, value=-1, out=d_x)
-    return d_x.addcmul_(grad, factor)
 
 
 class _NormalizeBatch(torch.autograd.Function):
@@ -128,7 +58,7 @@ class _NormalizeBatch(torch.autograd.Function):
         contributes: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = as_rows(x)
-        variance, mean = moments(rows)
+        variance, mean = passes.moments(rows)
         total = torch.full_like(mean, len(rows))
         if sync:
             # In float64: E[x^2] - E[x]^2 cancels.
@@ -140,33 +70,31 @@ class _NormalizeBatch(torch.autograd.Function):
             variance = (sums[1] / sums[2] - shared.square()).clamp(min=0).to(mean.dtype)
             mean, total = shared.to(mean.dtype), sums[2].to(mean.dtype)
         scale = torch.rsqrt(variance + eps)
-        y = normalize(rows, mean, scale, weight, bias)
+        y = passes.normalize(rows, Norm(mean, scale, weight, bias, relu and shortcut is None))
         if shortcut is not None:
-            y += as_rows(shortcut)
-        y = as_maps((y.relu_() if relu else y).to(x.dtype), x)
+            y = finish(y, as_rows(shortcut), relu)
+        y = as_maps(y.to(x.dtype), x)
         unbiased = variance * (total / (total - 1).clamp(min=1))
-        ctx.save_for_backward(x, weight, mean, scale, total, y if relu else None)
+        ctx.save_for_backward(x, weight, bias, mean, scale, total, y if relu else None)
         ctx.has_shortcut, ctx.sync, ctx.contributes = shortcut is not None, sync, contributes
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale, total, y = ctx.saved_tensors
+        x, weight, bias, mean, scale, total, y = ctx.saved_tensors
         rows, upstream = as_rows(x), as_rows(grad)
         if y is not None:
-            masked = _fresh(upstream, upstream.dtype)
-            torch.ops.aten.threshold_backward.grad_input(upstream, as_rows(y), 0, grad_input=masked)
-            upstream = masked
-        d_bias, d_weight = gradients(rows, upstream, mean, scale)
+            upstream, _ = passes.mask(upstream, as_rows(y))
+        norm = Norm(mean, scale, weight, bias)
+        d_bias, d_weight = passes.gradients(rows, upstream, norm)
         sums = torch.stack([d_bias, d_weight])
         if ctx.sync:
             dist.all_reduce(sums)
         if ctx.contributes or not ctx.sync:
-            level, along = sums
-            d_x = input_gradient(rows, upstream, mean, scale, weight, along, level, total)
+            d_x = passes.input_gradient(rows, upstream, norm, *sums, total)
         else:
-            d_x = upstream * (scale * weight)
+            d_x = upstream * norm.factor
         return (
             as_maps(d_x.to(x.dtype), x),
             d_weight.to(weight.dtype),
@@ -188,7 +116,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(*args, **kwargs)
         for name in ("running_mean", "running_var"):
             buffer = getattr(self, name)
-            setattr(self, name, buffer.to(_wide(buffer.dtype)))
+            setattr(self, name, buffer.to(wide(buffer.dtype)))
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 4:
@@ -200,8 +128,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         super()._apply(fn, recurse)
         for name, exact in before.items():
             cast = getattr(self, name)
-            if _wide(cast.dtype) != cast.dtype:
-                setattr(self, name, exact.to(cast.device, _wide(cast.dtype)))
+            if wide(cast.dtype) != cast.dtype:
+                setattr(self, name, exact.to(cast.device, wide(cast.dtype)))
         return self
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -209,7 +137,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.folded:
             return finish(x, shortcut, relu)
         # torch takes half-precision maps with float32 statistics only if the weights are float32.
-        dtype = _wide(x.dtype)
+        dtype = wide(x.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         if not self.training or self.statistics in ("frozen", "folded"):
             mean, variance = self.running_mean.to(dtype), self.running_var.to(dtype)
@@ -325,7 +253,7 @@ def _is_folded(module: nn.Module) -> bool:
 
 def _folded_forward(convolution: nn.Conv2d | nn.Conv3d, norm: _BatchNorm, x: Tensor) -> Tensor:
     """norm(convolution(x)) as one convolution, whose weights are made anew: they are trained."""
-    dtype = _wide(convolution.weight.dtype)
+    dtype = wide(convolution.weight.dtype)
     factor = norm.weight.to(dtype) * torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     bias = norm.bias.to(dtype) - norm.running_mean.to(dtype) * factor
     if convolution.bias is not None:

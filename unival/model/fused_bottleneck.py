@@ -11,7 +11,7 @@ and, with dy the gradient before the ReLU and P = dy^T z,
 
     dg = scale sum_c(W P),  db = sum(dy),
     dW = g scale P - g scale^2 dg W S,
-    dz = dy (g scale W) - z W^T diag(g scale^2 dg / N) W, less its mean over the places.
+    dz = dy (g scale W) - z W^T diag(g scale^2 dg / N) W, less its mean db (g scale W) / N.
 
 The two products with S cost a sixth of the convolution's own. Kept for the backward pass are the
 block's input and output and what the first two convolutions gave.
@@ -25,15 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from unival.kernels.cpu_memory import fresh
-from unival.model.batchnorm import (
-    as_maps,
-    as_rows,
-    gradients,
-    input_gradient,
-    moments,
-    normalize,
-)
+from unival.kernels.cpu import rows as passes
+from unival.kernels.cpu.memory import fresh
+from unival.kernels.cpu.rows import Norm, as_maps, as_rows
 from unival.model.convolution import differentiate
 
 
@@ -77,27 +71,18 @@ def _empty(rows: Tensor, channels: int) -> Tensor:
     return fresh((len(rows), channels), rows.dtype, rows.device)
 
 
-class _Norm(NamedTuple):
-    """What a norm with a ReLU needs to be computed again."""
+def _norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Norm, Tensor]:
+    """A norm with a ReLU by the statistics of [N, C], and the variance."""
+    variance, mean = passes.moments(rows)
+    return Norm(mean, torch.rsqrt(variance + eps), weight, bias, relu=True), variance
 
-    mean: Tensor
-    scale: Tensor
 
-    def apply(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return normalize(rows, self.mean, self.scale, weight, bias).relu_()
-
-    def backward(
-        self, rows: Tensor, y: Tensor, grad: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of its input, weight and bias for that of y, which it overwrites."""
-        torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=grad)
-        d_bias, d_weight = gradients(rows, grad, self.mean, self.scale)
-        total = torch.full_like(self.mean, len(rows))
-        return (
-            input_gradient(rows, grad, self.mean, self.scale, weight, d_weight, d_bias, total),
-            d_weight,
-            d_bias,
-        )
+def _through(
+    rows: Tensor, grad: Tensor, norm: Norm, level: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a norm's weight, bias and input; that of its output is overwritten."""
+    d_bias, d_weight = passes.gradients(rows, grad, norm, level)
+    return d_weight, d_bias, passes.input_gradient(rows, grad, norm, d_bias, d_weight, len(rows))
 
 
 class _Bottleneck(torch.autograd.Function):
@@ -114,29 +99,26 @@ class _Bottleneck(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         p, rows = Parameters(*tensors), as_rows(x)
         c1 = torch.mm(rows, _matrix(p.conv1).t(), out=_empty(rows, len(p.conv1)))
-        variance1, mean1 = moments(c1)
-        norm1 = _Norm(mean1, torch.rsqrt(variance1 + eps))
-        y1 = as_maps(norm1.apply(c1, p.weight1, p.bias1), x)
+        norm1, variance1 = _norm(c1, p.weight1, p.bias1, eps)
+        y1 = as_maps(passes.normalize(c1, norm1), x)
         second = middle._conv_forward(y1, p.conv2, None)
         c2 = as_rows(second)
         del y1
-        variance2, mean2 = moments(c2)
-        norm2 = _Norm(mean2, torch.rsqrt(variance2 + eps))
-        z = norm2.apply(c2, p.weight2, p.bias2)
+        norm2, variance2 = _norm(c2, p.weight2, p.bias2, eps)
+        z = passes.normalize(c2, norm2)
         center = z.mean(0)
         z -= center
         covariance = z.t() @ z / len(z)
         conv3 = _matrix(p.conv3)
         variance3 = (conv3 @ covariance * conv3).sum(1)
         scale3 = torch.rsqrt(variance3 + eps)
-        y = _empty(c2, len(conv3))
-        torch.add(rows if shortcut is None else as_rows(shortcut), p.bias3, out=y)
-        torch.addmm(y, z, (conv3 * (p.weight3 * scale3)[:, None]).t(), out=y)
-        out = as_maps(y.relu_(), second)
-        small = (mean1, norm1.scale, mean2, norm2.scale, center, covariance, scale3)
+        y = torch.mm(z, (conv3 * (p.weight3 * scale3)[:, None]).t(), out=_empty(c2, len(conv3)))
+        passes.finish(y, p.bias3, rows if shortcut is None else as_rows(shortcut))
+        out = as_maps(y, second)
+        small = (norm1.mean, norm1.scale, norm2.mean, norm2.scale, center, covariance, scale3)
         ctx.save_for_backward(x, c1, c2, out, *small, *tensors)
         ctx.middle, ctx.has_shortcut = middle, shortcut is not None
-        found = [mean1, variance1, mean2, variance2, conv3 @ center, variance3]
+        found = [norm1.mean, variance1, norm2.mean, variance2, conv3 @ center, variance3]
         for place, count in ((1, len(c1)), (3, len(c2)), (5, len(c2))):
             found[place] = found[place] * (count / max(count - 1, 1))
         ctx.mark_non_differentiable(*found)
@@ -148,31 +130,31 @@ class _Bottleneck(torch.autograd.Function):
         x, c1, c2, out, *small = ctx.saved_tensors[:11]
         mean1, scale1, mean2, scale2, center, covariance, scale3 = small
         p = Parameters(*ctx.saved_tensors[11:])
-        norm1, norm2 = _Norm(mean1, scale1), _Norm(mean2, scale2)
-        rows, conv3, upstream, y = as_rows(x), _matrix(p.conv3), as_rows(grad), as_rows(out)
-        masked = _empty(y, y.shape[1])
-        torch.ops.aten.threshold_backward.grad_input(upstream, y, 0, grad_input=masked)
-        del grad, upstream
+        norm1 = Norm(mean1, scale1, p.weight1, p.bias1, relu=True)
+        norm2 = Norm(mean2, scale2, p.weight2, p.bias2, relu=True)
+        rows, conv3 = as_rows(x), _matrix(p.conv3)
+        masked, d_bias3 = passes.mask(as_rows(grad), as_rows(out))
+        del grad
 
-        y2 = norm2.apply(c2, p.weight2, p.bias2)
-        z = y2 - center
-        d_bias3 = masked.sum(0)
+        z = passes.normalize(c2, norm2)
+        z -= center
         along = masked.t() @ z
         d_weight3 = scale3 * (conv3 * along).sum(1)
         factor = p.weight3 * scale3
         share = factor * scale3 * d_weight3
         d_conv3 = factor[:, None] * along - share[:, None] * (conv3 @ covariance)
-        d_y2 = torch.mm(masked, factor[:, None] * conv3, out=_empty(z, z.shape[1]))
+        through = factor[:, None] * conv3
+        d_y2 = torch.mm(masked, through, out=_empty(z, z.shape[1]))
         inner = conv3.t() @ (conv3 * (share / len(z))[:, None])
         torch.addmm(d_y2, z, inner, alpha=-1, out=d_y2)
-        d_y2 -= d_y2.mean(0)
+        level = (d_bias3 / len(z)) @ through  # the mean of d_y2, for z has none
         del z
 
-        d_c2, d_weight2, d_bias2 = norm2.backward(c2, y2, d_y2, p.weight2)
-        del y2, d_y2
-        y1 = norm1.apply(c1, p.weight1, p.bias1)
-        d_y1, d_conv2 = differentiate(ctx.middle, as_maps(d_c2, out), as_maps(y1, x), p.conv2)
-        d_c1, d_weight1, d_bias1 = norm1.backward(c1, y1, as_rows(d_y1), p.weight1)
+        d_weight2, d_bias2, d_c2 = _through(c2, d_y2, norm2, level)
+        y1 = as_maps(passes.normalize(c1, norm1), x)
+        d_y1, d_conv2 = differentiate(ctx.middle, as_maps(d_c2, out), y1, p.conv2)
+        del y1, d_y2, d_c2
+        d_weight1, d_bias1, d_c1 = _through(c1, as_rows(d_y1), norm1)
         d_conv1 = d_c1.t() @ rows
         d_x = None
         if ctx.needs_input_grad[0]:

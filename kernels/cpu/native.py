@@ -1,0 +1,67 @@
+"""The compiled passes (rows.cpp, winograd.cpp), which installing the package builds with a C++ compiler.
+
+Without one, or on a processor without AVX2, nothing is AVAILABLE and PyTorch's operators take over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INTERFACE = 1  # of passes.h
+LINE = 16  # channels that the transforms take at a time
+
+
+def _load() -> ctypes.CDLL | None:
+    built = next(iter(Path(__file__).parent.glob("_passes*.so")), None)
+    if built is None or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return None
+    try:
+        library = ctypes.CDLL(str(built))
+        found = library.unival_interface()
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"{built}: {error}; PyTorch's slower operators are used", stacklevel=2)
+        return None
+    if found != INTERFACE:
+        warnings.warn(
+            f"{built} is of interface {found}, expected {INTERFACE}: install the package again "
+            "(pip install -e . --no-deps); PyTorch's slower operators are used until then",
+            stacklevel=2,
+        )
+        return None
+    return library
+
+
+LIBRARY = _load()
+AVAILABLE = LIBRARY is not None
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the compiled passes take these: float32 on a CPU, without gaps, and not traced."""
+    return (
+        AVAILABLE
+        and not torch.compiler.is_compiling()
+        and all(
+            type(tensor) in (Tensor, torch.nn.Parameter)
+            and tensor.device.type == "cpu"
+            and tensor.dtype == torch.float32
+            and tensor.is_contiguous()
+            for tensor in tensors
+        )
+    )
+
+
+def call(name: str, *arguments: Tensor | int) -> None:
+    """Call a pass with tensors that it `takes` and sizes; it releases the interpreter's lock."""
+    getattr(LIBRARY, name)(
+        *(
+            ctypes.c_void_p(value.data_ptr())
+            if isinstance(value, Tensor)
+            else ctypes.c_int64(value)
+            for value in arguments
+        )
+    )

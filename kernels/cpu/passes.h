@@ -1,0 +1,39 @@
+// What Python calls (native.py). All arrays are float32 without gaps; sizes count elements.
+#pragma once
+
+#include <cstdint>
+
+// native.py refuses a build with another number: raise it with every change of a signature.
+#define UNIVAL_INTERFACE 1
+
+extern "C" {
+
+int64_t unival_interface();
+int64_t unival_threads();
+
+// rows [count, channels]
+void rows_moments(const float* x, float* mean, float* variance, int64_t count, int64_t channels);
+void rows_normalize(const float* x, const float* factor, const float* level, float* y,
+                    int64_t count, int64_t channels, int64_t relu);
+void rows_gradients(const float* x, float* grad, const float* mean, const float* factor,
+                    const float* level, const float* shift, float* sum, float* along,
+                    int64_t count, int64_t channels, int64_t relu);
+void rows_input_gradient(const float* x, const float* grad, const float* factor,
+                         const float* slope, const float* offset, float* out, int64_t count,
+                         int64_t channels);
+void rows_finish(float* y, const float* bias, const float* shortcut, int64_t count,
+                 int64_t channels);
+void rows_mask(const float* grad, const float* y, float* out, float* sum, int64_t count,
+               int64_t channels);
+
+// maps [batch, height, width, channels], channels a multiple of 16; tiles of 4 x 4 places
+void winograd_filters(const float* weight, float* out, int64_t rows, int64_t columns,
+                      int64_t mirrored);
+void winograd_filter_gradients(const float* grad, float* out, int64_t rows, int64_t columns);
+void winograd_inputs(const float* x, float* out, int64_t batch, int64_t height, int64_t width,
+                     int64_t channels);
+void winograd_outputs(const float* products, float* y, int64_t batch, int64_t height,
+                      int64_t width, int64_t channels);
+void winograd_output_gradients(const float* grad, float* out, int64_t batch, int64_t height,
+                               int64_t width, int64_t channels);
+}
