@@ -42,9 +42,11 @@ def takes(x: Tensor, weight: Tensor, module: nn.Conv2d | nn.Conv3d) -> bool:
         return False
     if axes == 3:
         return kernel == (1, 1, 1) and module.stride == (1, 1, 1)
-    if module.stride not in ((1, 1), (2, 2)):
+    if module.stride not in ((1, 1), (2, 2)) or kernel not in ((1, 1), (3, 3)):
         return False
-    return kernel == (1, 1) or (kernel == (3, 3) and min(weight.shape[:2]) >= LEAST_CHANNELS)
+    if kernel == (1, 1) or module.stride == (2, 2):
+        return kernel == (1, 1) or min(weight.shape[:2]) >= LEAST_CHANNELS
+    return _by_winograd(x, weight, 1)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:

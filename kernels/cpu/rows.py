@@ -68,7 +68,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     PyTorch's variances of channels-last maps take longer than its sums and are no more exact.
     """
     if native.takes(rows):
-        variance, mean = rows.new_empty(2, rows.shape[1])
+        variance, mean = (rows.new_empty(rows.shape[1]) for _ in range(2))
         native.call("rows_moments", rows, mean, variance, *rows.shape)
         return variance, mean
     mean = rows.mean(0, dtype=wide(rows.dtype))
