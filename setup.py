@@ -24,7 +24,7 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "unival.kernels.cpu._passes",
-            ["kernels/cpu/rows.cpp", "kernels/cpu/winograd.cpp"],
+            [f"kernels/cpu/{name}.cpp" for name in ("dropout", "rows", "softmax", "winograd")],
             depends=["kernels/cpu/passes.h"],
             extra_compile_args=[*flags, "-fopenmp"],
             extra_link_args=["-fopenmp"],

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from train_step import DTYPES, ROOT, describe_machine
 
 from unival.data.batch import MEDIUM_KEYS
+from unival.kernels.cpu.memory import keep_freed
 from unival.model.batchnorm import BatchNorm2d, BatchNorm3d
 from unival.model.configuration import UnivalConfig
 from unival.model.convolution import Conv2d, Conv3d
@@ -381,6 +382,8 @@ class Subject:
         model = UnivalForConditionalGeneration(config).train()
         freeze(model, [], ["image"])
         eager = variant.formulation == "eager"
+        if not eager and self.device.type == "cpu":
+            keep_freed()  # as training does
         self.model = (EagerModel(model) if eager else model).to(self.device, dtype).train()
         self.batch = {name: x.to(self.device) for name, x in make_batch(config, args).items()}
         self.batch["pixel_values"] = self.batch["pixel_values"].to(dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unival.kernels.attention.inputs import Gradients, Inputs
+from unival.kernels.cpu import native
 from unival.kernels.triton_tools.philox import uniform_torch
 
 SCRATCH_BYTES = 4 << 20  # of a block of scores
@@ -153,10 +154,13 @@ class Scores:
             found = dense if found is None else found.add_(dense)
         return found
 
-    def of(self, block: Block, bias: Tensor | None) -> Tensor:
+    def products(self, block: Block) -> Tensor:
+        """Scores [n, H, rows, T] of a block without what is added to them."""
+        return block.of(self.query) @ self._batch(self.key, block).transpose(-1, -2)
+
+    def _of(self, block: Block, bias: Tensor | None) -> Tensor:
         """Scores [n, H, rows, T] of a block, -inf where a query does not see a key."""
-        query, key = block.of(self.query), self._batch(self.key, block)
-        scores = query @ key.transpose(-1, -2)
+        scores = self.products(block)
         if bias is not None:
             scores.add_(bias)
         if self.padding is not None:
@@ -164,6 +168,40 @@ class Scores:
         if self.x.causal:
             scores.add_(self._ahead(block.rows))
         return scores
+
+    def exponentials(self, block: Block, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """exp(score - largest) [n, H, rows, T], the largest score of a row [n, H, rows] and the
+        sum of its exponentials.
+        """
+        if self._compiled():
+            weights = self.products(block)
+            largest, summed = (weights.new_empty(weights.shape[:3]) for _ in range(2))
+            self._call("softmax_forward", weights, block, bias, largest, summed)
+            return weights, largest, summed
+        scores = self._of(block, bias)
+        largest = scores.amax(-1, keepdim=True)
+        # A row that sees no key: subtracting -inf would give NaN.
+        largest.masked_fill_(largest == -torch.inf, 0.0)
+        weights = scores.sub_(largest).exp_()
+        summed = weights.sum(-1)
+        return weights, largest.squeeze(-1), summed.masked_fill_(summed == 0.0, 1.0)
+
+    def slopes(
+        self, block: Block, bias: Tensor | None, largest: Tensor, dy: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """exp(score - largest) and the scores' gradient, both [n, H, rows, T], for the output's
+        over the sum of exponentials, dy [n, H, rows, d], and its product with the output, delta.
+        """
+        ds = dy @ self._batch(self.value, block).transpose(-1, -2)
+        if self._compiled():
+            weights = self.products(block)
+            rows = (largest.contiguous(), delta.contiguous())
+            self._call("softmax_backward", weights, block, bias, *rows, ds)
+            return weights, ds
+        weights = self._of(block, bias).sub_(largest[..., None]).exp_()
+        self._drop(ds, block)
+        ds.sub_(delta[..., None]).mul_(weights)
+        return weights, ds
 
     def _ahead(self, rows: slice) -> Tensor:
         """[rows, T]: -inf where the key is ahead of the query, else 0."""
@@ -185,18 +223,13 @@ class Scores:
         for rows, blocks in self.blocks():
             bias = self.bias(Block(slice(None), rows)) if self.x.shared else None
             for block in blocks:
-                scores = self.of(block, bias if self.x.shared else self.bias(block))
-                largest = scores.amax(-1, keepdim=True)
-                # A row that sees no key: subtracting -inf would give NaN.
-                largest.masked_fill_(largest == -torch.inf, 0.0)
-                weights = scores.sub_(largest).exp_()
-                summed = weights.sum(-1, keepdim=True)
-                summed.masked_fill_(summed == 0.0, 1.0)
-                block.of(statistics[0])[...] = largest.squeeze(-1)
-                block.of(statistics[1])[...] = summed.squeeze(-1)
+                own = bias if self.x.shared else self.bias(block)
+                weights, largest, summed = self.exponentials(block, own)
+                block.of(statistics[0])[...] = largest
+                block.of(statistics[1])[...] = summed
                 self._drop(weights, block)
                 attended = weights @ self._batch(self.value, block)
-                attended /= summed
+                attended /= summed[..., None]
                 block.of(unscaled)[...] = attended
                 if self.head_scale is not None:
                     attended *= self.head_scale[:, None, None]
@@ -220,12 +253,9 @@ class Scores:
             bias = self.bias(whole) if self.x.shared else None
             summed = None if bias is None else torch.zeros_like(bias)
             for block in blocks:
-                scores = self.of(block, bias if self.x.shared else self.bias(block))
-                weights = scores.sub_(block.of(statistics[0])[..., None]).exp_()
-                dy = block.of(slopes)
-                ds = dy @ self._batch(self.value, block).transpose(-1, -2)
-                self._drop(ds, block)
-                ds.sub_(block.of(delta)[..., None]).mul_(weights)
+                own, dy = bias if self.x.shared else self.bias(block), block.of(slopes)
+                largest = block.of(statistics[0])
+                weights, ds = self.slopes(block, own, largest, dy, block.of(delta))
                 self._drop(weights, block)
                 grads.value[block.batch].add_(weights.transpose(-1, -2) @ dy)
                 block.of(grads.query)[...] = (ds @ self._batch(self.key, block)).mul_(scale)
@@ -240,6 +270,21 @@ class Scores:
     def _batch(self, x: Tensor, block: Block) -> Tensor:
         """[n or 1, H, T, d]: all keys of the block's sequences."""
         return x if len(x) == 1 else x[block.batch]
+
+    def _compiled(self) -> bool:
+        """Whether the compiled passes take the scores."""
+        return self.x.seed is None and native.takes(self.query)
+
+    def _call(
+        self, name: str, scores: Tensor, block: Block, bias: Tensor | None, *given: Tensor
+    ) -> None:
+        """A compiled pass over a block of scores, with what is added to them."""
+        padding = None if self.padding is None else self.padding[block.batch].contiguous()
+        shared = bias is not None and len(bias) == 1
+        bias = None if bias is None else bias.contiguous()
+        # Keys that the block's first query does not see.
+        ahead = self.query.shape[2] - block.rows.start - 1 if self.x.causal else -1
+        native.call(name, scores, bias, padding, *given, *scores.shape, shared, ahead)
 
     def _entries(self, block: Block) -> Tensor:
         """Table entry of every pair, int64 [n or 1, rows, T]; without a bias the one behind it."""

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from unival.kernels.convolution import winograd
-from unival.kernels.cpu.memory import fresh
 
 # Here a constant: torch.compile does not see through the question.
 PRODUCTS_ARE_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -81,7 +80,7 @@ def _last(maps: Tensor) -> Tensor:
 def _like(x: Tensor, channels: int, stride: int = 1) -> Tensor:
     batch, _, height, width = x.shape
     places = (math.ceil(height / stride), math.ceil(width / stride))
-    return fresh((batch, *places, channels), x.dtype, x.device).permute(0, 3, 1, 2)
+    return x.new_empty(batch, *places, channels).permute(0, 3, 1, 2)
 
 
 def _rows(maps: Tensor) -> Tensor:

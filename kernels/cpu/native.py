@@ -55,13 +55,12 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
-def call(name: str, *arguments: Tensor | int) -> None:
-    """Call a pass with tensors that it `takes` and sizes; it releases the interpreter's lock."""
-    getattr(LIBRARY, name)(
-        *(
-            ctypes.c_void_p(value.data_ptr())
-            if isinstance(value, Tensor)
-            else ctypes.c_int64(value)
-            for value in arguments
-        )
-    )
+def call(name: str, *arguments: Tensor | int | float | None) -> None:
+    """Call a pass with tensors that it `takes` and numbers; it releases the interpreter's lock."""
+    getattr(LIBRARY, name)(*map(_passed, arguments))
+
+
+def _passed(value: Tensor | int | float | None) -> ctypes._SimpleCData:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)

@@ -26,6 +26,18 @@ void rows_finish(float* y, const float* bias, const float* shortcut, int64_t cou
 void rows_mask(const float* grad, const float* y, float* out, float* sum, int64_t count,
                int64_t channels);
 
+// [batch, length, width]; residual may be null
+void drop_branch(const float* branch, const float* residual, float* out, int64_t seed,
+                 int64_t batch, int64_t length, int64_t width, double dropout, double drop_path);
+
+// [sequences, heads, rows, keys]; bias and padding may be null, ahead is negative without a mask
+void softmax_forward(float* scores, const float* bias, const float* padding, float* largest,
+                     float* sum, int64_t sequences, int64_t heads, int64_t rows, int64_t keys,
+                     int64_t shared, int64_t ahead);
+void softmax_backward(float* scores, const float* bias, const float* padding, const float* largest,
+                      const float* delta, float* gradient, int64_t sequences, int64_t heads,
+                      int64_t rows, int64_t keys, int64_t shared, int64_t ahead);
+
 // maps [batch, height, width, channels], channels a multiple of 16; tiles of 4 x 4 places
 void winograd_filters(const float* weight, float* out, int64_t rows, int64_t columns,
                       int64_t mirrored);

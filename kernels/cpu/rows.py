@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from unival.kernels.cpu import native
-from unival.kernels.cpu.memory import fresh
 
 BLOCK = 1 << 20  # elements of a map that are summed at a time
 
@@ -51,10 +50,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _fresh(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return fresh(tuple(rows.shape), dtype, rows.device)
-
-
 def _parts(rows: Tensor) -> Iterator[Tensor]:
     """[N, C] in the dtype that sums have; on a CPU part by part, so that what is made is small."""
     whole = rows.device.type != "cpu" or torch.compiler.is_compiling()
@@ -81,7 +76,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 def normalize(rows: Tensor, norm: Norm) -> Tensor:
     """y [N, C] of x, in the dtype of the statistics."""
     factor, level = norm.factor, norm.level
-    y = _fresh(rows, norm.mean.dtype)
+    y = rows.new_empty(rows.shape, dtype=norm.mean.dtype)
     if native.takes(rows, factor, level):
         native.call("rows_normalize", rows, factor, level, y, *rows.shape, norm.relu)
         return y
@@ -122,7 +117,7 @@ def input_gradient(
     factor = norm.factor
     slope = d_weight / total * factor * norm.scale
     offset = slope * norm.mean - d_bias / total * factor
-    d_x = _fresh(rows, norm.mean.dtype)
+    d_x = rows.new_empty(rows.shape, dtype=norm.mean.dtype)
     if native.takes(rows, grad, factor):
         native.call("rows_input_gradient", rows, grad, factor, slope, offset, d_x, *rows.shape)
         return d_x
@@ -142,7 +137,7 @@ def finish(y: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
 
 def mask(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient [N, C] before a ReLU that gave y, and its sums over N."""
-    masked = _fresh(grad, grad.dtype)
+    masked = grad.new_empty(grad.shape)
     if native.takes(grad, y):
         sums = grad.new_empty(grad.shape[1])
         native.call("rows_mask", grad, y, masked, sums, *grad.shape)

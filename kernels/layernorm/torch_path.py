@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from unival.kernels.cpu import native
 from unival.kernels.layernorm.reference import branch_factor
+from unival.kernels.triton_tools.philox import draw_seed
 
 
 def norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) -> Tensor:
@@ -34,9 +40,13 @@ def residual_norm_torch(
 ) -> tuple[Tensor, Tensor]:
     """residual + DropPath(Dropout(branch)) and its norm; [B, S, N].
 
-    Without a seed PyTorch's generator draws what is dropped; with one the kernels' numbers are
-    computed, which is slow.
+    The numbers are the kernels' where they are compiled for a CPU, and where a seed is given,
+    otherwise slowly; without a seed PyTorch's generator draws what is dropped.
     """
+    if (dropout > 0.0 or drop_path > 0.0) and branch.numel() and native.takes(branch, residual):
+        seed = draw_seed(branch.device) if seed is None else seed
+        total = _DropBranch.apply(branch, residual, int(seed), dropout, drop_path)
+        return total, norm_torch(total, weight, bias, eps, gelu=False)
     if seed is not None:
         branch = branch * branch_factor(branch.shape, dropout, drop_path, seed).to(branch.dtype)
     else:
@@ -46,3 +56,26 @@ def residual_norm_torch(
             branch = branch * (keep / (1.0 - drop_path))
     total = residual + branch
     return total, norm_torch(total, weight, bias, eps, gelu=False)
+
+
+class _DropBranch(torch.autograd.Function):
+    """residual + DropPath(Dropout(branch)), float32 on a CPU; no mask is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, branch: Tensor, residual: Tensor, seed: int, dropout: float, drop_path: float
+    ) -> Tensor:
+        ctx.drawn = (seed, *branch.shape, float(dropout), float(drop_path))
+        total = torch.empty_like(branch)
+        native.call("drop_branch", branch, residual, total, *ctx.drawn)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_branch = None
+        if ctx.needs_input_grad[0]:
+            grad = grad.contiguous()
+            d_branch = torch.empty_like(grad)
+            native.call("drop_branch", grad, None, d_branch, *ctx.drawn)
+        return d_branch, grad, None, None, None

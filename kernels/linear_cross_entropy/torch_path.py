@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unival.kernels.cpu.memory import fresh
 from unival.kernels.linear_cross_entropy.per_token import (
     AT_TARGET,
     IGNORED,
@@ -78,7 +77,9 @@ class Walk:
         self.sorted_list = self.sorted.tolist()
 
     def buffer(self) -> Tensor:
-        return fresh((self.height, self.tokens), torch.float32, self.hidden.device)
+        return torch.empty(
+            self.height, self.tokens, dtype=torch.float32, device=self.hidden.device
+        )
 
     def chunks(self) -> Iterator[Chunk]:
         for start in range(0, self.columns.count, self.height):
@@ -112,7 +113,7 @@ def forward(inputs: Inputs, options: Options, keep: bool) -> tuple[Finished, Ten
     counted = torch.nonzero(inputs.target != IGNORED).squeeze(-1)
     elements = kept_elements(n, options) if keep else 0
     walk = Walk(inputs, options, counted, _chunk_elements(elements))
-    kept = fresh((elements,), torch.float32, device)
+    kept = torch.empty(elements, dtype=torch.float32, device=device)
     logits = _view(kept, walk)
     seen = _first_walk(walk, logits)
     settled = settle(seen, walk.target, walk.weight, options)
@@ -248,7 +249,7 @@ def backward(
     by_token = hidden.new_zeros((walk.tokens, hidden.shape[1]), dtype=torch.float32)
     d_embedding = None
     if need_embedding:
-        d_embedding = fresh(tuple(embedding.shape), embedding.dtype, embedding.device)
+        d_embedding = embedding.new_empty(embedding.shape)
         if walk.columns.count < options.classes:
             d_embedding.zero_()  # ids outside the constraint range are in no chunk
     work = walk.buffer()

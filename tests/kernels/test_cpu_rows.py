@@ -20,18 +20,14 @@ SHAPES = [(1, 1), (3, 5), (33, 64), (1000, 17), (4097, 48), (70, 2048)]
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both forms; memory that is handed out holds NaN."""
+def form(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None
+) -> str:
+    """Both forms; what they write to holds NaN and lies between guards."""
     if request.param == "torch":
         monkeypatch.setattr(native, "AVAILABLE", False)
     elif not native.AVAILABLE:
         pytest.skip(NOT_BUILT)
-
-    def poisoned(shape, dtype, device):
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
-
-    monkeypatch.setattr(rows, "fresh", poisoned)
-    monkeypatch.setattr(Tensor, "new_empty", lambda x, *s, **k: x.new_full(s, float("nan")))
     return request.param
 
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from unival.kernels.cpu import rows as passes
-from unival.kernels.cpu.memory import fresh
 from unival.kernels.cpu.rows import Norm, as_maps, as_rows
 from unival.model.convolution import differentiate
 
@@ -68,7 +67,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _empty(rows: Tensor, channels: int) -> Tensor:
-    return fresh((len(rows), channels), rows.dtype, rows.device)
+    return rows.new_empty(len(rows), channels)
 
 
 def _norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Norm, Tensor]:

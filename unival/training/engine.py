@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unival.data.batch import MEDIUM_KEYS, collate
 from unival.generation.constraints import Trie
+from unival.kernels.cpu.memory import keep_freed
 from unival.model.batchnorm import set_batchnorm_contribution, set_batchnorm_statistics
 from unival.model.compiling import compile_parts
 from unival.model.modeling import UnivalForConditionalGeneration
@@ -212,6 +213,8 @@ class Engine:
         )
         self.deepspeed.enable_backward_allreduce = zero_stage(self.deepspeed) > 0  # see _update
         self.device = self.deepspeed.device
+        if self.device.type == "cpu":
+            keep_freed()
         self._stop = self._failed = False
         self.pieces = pieces(self.deepspeed, self.names)
         self.buffers = dict(model.named_buffers())
