@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from unival.kernels.cpu import native
+from unival.kernels.cpu.memory import scratch
 
 BLOCK = 1 << 22  # elements of transformed inputs at a time
 
@@ -49,7 +50,7 @@ def input_gradient(grad: Tensor, weight: Tensor, out: Tensor) -> None:
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """[K, C, 3, 3] of [B, H, W, C] and the output's gradient [B, H, W, K]."""
     channels, outputs = x.shape[3], grad.shape[3]
-    filters = x.new_empty(36, outputs, channels)
+    filters = scratch("filters", 36, outputs, channels)
     count = _at_a_time(x)
     for index, (one, upstream) in enumerate(zip(x.split(count), grad.split(count), strict=True)):
         seen = _spread("winograd_inputs", one)
@@ -64,7 +65,7 @@ def _multiply(x: Tensor, filters: Tensor, out: Tensor) -> None:
     count = _at_a_time(x)
     for one, result in zip(x.split(count), out.split(count), strict=True):
         seen = _spread("winograd_inputs", one)
-        products = torch.bmm(seen, filters, out=x.new_empty(*seen.shape[:2], out.shape[3]))
+        products = torch.bmm(seen, filters, out=scratch("products", *seen.shape[:2], out.shape[3]))
         native.call("winograd_outputs", products, result, *result.shape)
 
 
@@ -80,13 +81,13 @@ def _at_a_time(x: Tensor) -> int:
 
 def _filters(weight: Tensor, mirrored: bool) -> Tensor:
     """G w G^T [36, K, C] of [K, C, 3, 3], or of the weight turned by 180 degrees."""
-    found = weight.new_empty(36, *weight.shape[:2])
+    found = scratch("filters", 36, *weight.shape[:2])
     native.call("winograd_filters", weight.contiguous(), found, *weight.shape[:2], mirrored)
     return found
 
 
 def _spread(transform: str, maps: Tensor) -> Tensor:
     """[36, T, C] of [B, H, W, C]: B^T x B of inputs, A g A^T of outputs' gradients."""
-    found = maps.new_empty(36, len(maps) * _tiles(maps), maps.shape[3])
+    found = scratch(transform, 36, len(maps) * _tiles(maps), maps.shape[3])
     native.call(transform, maps, found, *maps.shape)
     return found

@@ -8,10 +8,17 @@ for the first time takes longer than many of the operations that fill it.
 from __future__ import annotations
 
 import ctypes
+import math
+import threading
+
+import torch
+from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 # Bytes: as much as the argument, an int, can say; an older glibc takes 32 MB and no more.
 HIGHEST, HIGHEST_BEFORE = 2**31 - 1, 32 << 20
+
+_buffers = threading.local()
 
 
 def keep_freed() -> None:
@@ -25,3 +32,16 @@ def keep_freed() -> None:
     mallopt(M_TRIM_THRESHOLD, HIGHEST)
     if not mallopt(M_MMAP_THRESHOLD, HIGHEST):
         mallopt(M_MMAP_THRESHOLD, HIGHEST_BEFORE)
+
+
+def scratch(name: str, *shape: int) -> Tensor:
+    """Uninitialised float32 on the CPU, until this thread asks for the same name again.
+
+    For what is gone before its maker returns: among maps that stay until the backward pass it would
+    leave holes in the heap that nothing fits.
+    """
+    size, buffer = math.prod(shape), getattr(_buffers, name, None)
+    if buffer is None or buffer.numel() < size:
+        buffer = torch.empty(size, dtype=torch.float32)
+        setattr(_buffers, name, buffer)
+    return buffer[:size].view(shape)
