@@ -15,6 +15,9 @@ def subpackages(folder: str) -> dict[str, str]:
     return {f"unival.{name}": name.replace(".", "/") for name in found}
 
 
+PASSES = ("dropout", "layernorm", "rows", "softmax", "winograd")
+
+
 def extensions() -> list[Extension]:
     """A shared library that ctypes loads; without it PyTorch's operators take over."""
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
@@ -24,8 +27,8 @@ def extensions() -> list[Extension]:
     return [
         Extension(
             "unival.kernels.cpu._passes",
-            [f"kernels/cpu/{name}.cpp" for name in ("dropout", "rows", "softmax", "winograd")],
-            depends=["kernels/cpu/passes.h"],
+            [f"kernels/cpu/{name}.cpp" for name in PASSES],
+            depends=["kernels/cpu/passes.h", "kernels/cpu/vector.h"],
             extra_compile_args=[*flags, "-fopenmp"],
             extra_link_args=["-fopenmp"],
             optional=True,

@@ -30,6 +30,14 @@ void rows_mask(const float* grad, const float* y, float* out, float* sum, int64_
 void drop_branch(const float* branch, const float* residual, float* out, int64_t seed,
                  int64_t batch, int64_t length, int64_t width, double dropout, double drop_path);
 
+// rows [count, width]; mean and scale [count]
+void layer_norm_forward(const float* x, const float* weight, const float* bias, float* y,
+                        float* mean, float* scale, int64_t count, int64_t width, double eps,
+                        int64_t gelu);
+void layer_norm_backward(const float* grad, const float* x, const float* weight,
+                         const float* mean, const float* scale, float* d_x, float* d_weight,
+                         float* d_bias, int64_t count, int64_t width, int64_t gelu);
+
 // [sequences, heads, rows, keys]; bias and padding may be null, ahead is negative without a mask
 void softmax_forward(float* scores, const float* bias, const float* padding, float* largest,
                      float* sum, int64_t sequences, int64_t heads, int64_t rows, int64_t keys,

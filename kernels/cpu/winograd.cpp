@@ -4,14 +4,11 @@
 // results of a line are written together, since their planes lie a power of two apart.
 
 #include "passes.h"
-
-#include <immintrin.h>
+#include "vector.h"
 
 #include <algorithm>
 
 namespace {
-
-using Vector = __m256;  // 8 channels
 
 constexpr int64_t LINE = 16;
 constexpr float A = 0.625f, B = 1.5f;

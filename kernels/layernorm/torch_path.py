@@ -21,6 +21,8 @@ def norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) 
     x (of 8192 rows in bfloat16, a tenth is lost), and its CUDA kernels take one dtype: both get
     float32 where they need it.
     """
+    if x.numel() and native.takes(x, weight, bias):
+        return _Norm.apply(x, weight, bias, float(eps), gelu)
     dtype = x.dtype
     if x.is_cpu or weight.dtype != dtype:
         x, weight, bias = x.float(), weight.float(), bias.float()
@@ -79,3 +81,30 @@ class _DropBranch(torch.autograd.Function):
             d_branch = torch.empty_like(grad)
             native.call("drop_branch", grad, None, d_branch, *ctx.drawn)
         return d_branch, grad, None, None, None
+
+
+class _Norm(torch.autograd.Function):
+    """LN(x) or LN(GELU(x)), float32 on a CPU; the activation is computed again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool
+    ) -> Tensor:
+        width = x.shape[-1]
+        ctx.sizes = (x.numel() // width, width)
+        y = torch.empty_like(x)
+        mean, scale = (x.new_empty(ctx.sizes[0]) for _ in range(2))
+        native.call("layer_norm_forward", x, weight, bias, y, mean, scale, *ctx.sizes, eps, gelu)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.gelu = gelu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        grad, d_x = grad.contiguous(), torch.empty_like(x)
+        d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
+        given = (grad, x, weight, mean, scale, d_x, d_weight, d_bias)
+        native.call("layer_norm_backward", *given, *ctx.sizes, ctx.gelu)
+        return d_x, d_weight, d_bias, None, None
