@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from unival.kernels.cpu.memory import keep_freed
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.planning.calibrate import Calibration
@@ -186,6 +187,7 @@ def main() -> int:
         parser.error("--tries and --shapes must be at least 1")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    keep_freed()  # as training does
     calibration = None if args.ceilings else Calibration()
     models = {name: UnivalForConditionalGeneration(config_of(name)).train() for name in MODELS}
     rows: list[dict[str, Any]] = []

@@ -54,6 +54,7 @@ from unival.data.batch import MEDIUM_KEYS, collate
 from unival.data.media import Loading, MediaLoader, MediaOptions
 from unival.data.records import Origin, Record
 from unival.model import flops
+from unival.kernels.cpu.memory import keep_freed
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks.base import Example
@@ -189,6 +190,8 @@ class Step:
         torch.manual_seed(0)
         self.args, self.config = args, config
         self.device, self.dtype = torch.device(args.device), DTYPES[args.dtype]
+        if self.device.type == "cpu":
+            keep_freed()  # as training does
         self.clock, self.samples = Clock(self.device), Samples(args)
         model = UnivalForConditionalGeneration(config).to(self.device, self.dtype)
         self.model = model.train()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from unival.kernels.convolution import winograd
+from unival.kernels.cpu import native
 
 # Here a constant: torch.compile does not see through the question.
 PRODUCTS_ARE_FASTER = torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -29,7 +30,7 @@ def takes(x: Tensor, weight: Tensor, module: nn.Conv2d | nn.Conv3d) -> bool:
 
     Clips [B, C, F, h, w] are pictures of F h rows to a kernel of one place.
     """
-    if x.device.type != "cpu" or not PRODUCTS_ARE_FASTER or x.numel() == 0:
+    if not native.is_cpu(x) or not PRODUCTS_ARE_FASTER or x.numel() == 0:
         return False
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False

@@ -1,4 +1,4 @@
-"""The compiled passes (rows.cpp, winograd.cpp), which installing the package builds with a C++ compiler.
+"""The compiled passes of this folder, which installing the package builds with a C++ compiler.
 
 Without one, or on a processor without AVX2, nothing is AVAILABLE and PyTorch's operators take over.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 INTERFACE = 1  # of passes.h
 LINE = 16  # channels that the transforms take at a time
@@ -40,24 +42,57 @@ LIBRARY = _load()
 AVAILABLE = LIBRARY is not None
 
 
+class Recorder(TorchDispatchMode):
+    """A mode that is told of the passes as of PyTorch's operators.
+
+    Attributes:
+        meta_is_cpu: tensors without values ("meta") stand for a CPU's.
+    """
+
+    meta_is_cpu = False
+
+    def compiled_pass(self, name: str, tensors: list[Tensor], run: Callable[[], None]) -> None:
+        """Told instead of a call; `run` makes it, or does nothing for tensors without values."""
+        run()
+
+
+def _recorder() -> Recorder | None:
+    mode = _get_current_dispatch_mode()
+    return mode if isinstance(mode, Recorder) else None
+
+
+def is_cpu(x: Tensor) -> bool:
+    """Whether a tensor is a CPU's, or stands for one."""
+    recorder = _recorder() if x.is_meta else None
+    return x.is_cpu or (recorder is not None and recorder.meta_is_cpu)
+
+
 def takes(*tensors: Tensor) -> bool:
     """Whether the compiled passes take these: float32 on a CPU, without gaps, and not traced."""
-    return (
-        AVAILABLE
-        and not torch.compiler.is_compiling()
-        and all(
-            type(tensor) in (Tensor, torch.nn.Parameter)
-            and tensor.device.type == "cpu"
-            and tensor.dtype == torch.float32
-            and tensor.is_contiguous()
-            for tensor in tensors
-        )
+    if not AVAILABLE or torch.compiler.is_compiling():
+        return False
+    return all(
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and is_cpu(tensor)
+        and tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+        for tensor in tensors
     )
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:
     """Call a pass with tensors that it `takes` and numbers; it releases the interpreter's lock."""
-    getattr(LIBRARY, name)(*map(_passed, arguments))
+    recorder = _recorder()
+    if recorder is None:
+        getattr(LIBRARY, name)(*map(_passed, arguments))
+        return
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+
+    def run() -> None:
+        if not tensors[0].is_meta:
+            getattr(LIBRARY, name)(*map(_passed, arguments))
+
+    recorder.compiled_pass(name, tensors, run)
 
 
 def _passed(value: Tensor | int | float | None) -> ctypes._SimpleCData:

@@ -47,7 +47,8 @@ def residual_norm_torch(
     """
     if (dropout > 0.0 or drop_path > 0.0) and branch.numel() and native.takes(branch, residual):
         seed = draw_seed(branch.device) if seed is None else seed
-        total = _DropBranch.apply(branch, residual, int(seed), dropout, drop_path)
+        number = 0 if seed.is_meta else int(seed)
+        total = _DropBranch.apply(branch, residual, number, dropout, drop_path)
         return total, norm_torch(total, weight, bias, eps, gelu=False)
     if seed is not None:
         branch = branch * branch_factor(branch.shape, dropout, drop_path, seed).to(branch.dtype)

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from unival.data.batch import MEDIUM_KEYS
+from unival.kernels.cpu import native
 from unival.kernels.layernorm.op import layer_norm_op, residual_layer_norm_op
 from unival.kernels.triton_tools.resources import tensor_bytes
 from unival.model.batchnorm import BatchNorm2d, BatchNorm3d, finish, set_batchnorm_statistics
@@ -98,7 +98,8 @@ class Training:
     """How a pass is computed.
 
     precision  fp32, bf16 or fp16
-    fused      as on a GPU: each norm, with the residual sum or GELU before it, is one operator
+    fused      as on a GPU: each norm, with the residual sum or GELU before it, is one operator;
+               without, as on this CPU, whose convolutions and compiled passes are counted
     """
 
     precision: str = "fp32"
@@ -161,6 +162,7 @@ def count(config: UnivalConfig, work: Work, training: Training | None = None) ->
     training = training or Training()
     model, parameters = _model(config, work.medium, training)
     recorder = Recorder()
+    recorder.meta_is_cpu = not training.fused
     recorder.watch(model)
     with torch.device("meta"), recorder:
         loss = run_pass(model, make_batch(work, DTYPES[training.precision], "meta"))
@@ -281,7 +283,7 @@ def _batch_norm(
     return finish(y, shortcut, relu)
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(native.Recorder):
     """Records every operator of a forward and backward pass, by module, and the memory that lives.
 
     An operator of the backward pass belongs to the module whose forward pass made the node of the
@@ -375,6 +377,16 @@ class Recorder(TorchDispatchMode):
         self.found[part, phase, kind, name, flops, touched, fresh] += 1
         self.seconds[part, phase, kind] += seconds
         return out
+
+    def compiled_pass(self, name: str, tensors: list[Tensor], run: Callable[[], None]) -> None:
+        """Record a pass of kernels/cpu, which reads or writes each of its tensors."""
+        start = self.clock() if self.clock else 0.0
+        run()
+        seconds = self.clock() - start if self.clock else 0.0
+        part, phase = self._part(), "backward" if self._backward else "forward"
+        touched = sum(map(tensor_bytes, tensors))
+        self.found[part, phase, "memory", name, 0, touched, 0] += 1
+        self.seconds[part, phase, "memory"] += seconds
 
     def _keep(self, out: Any) -> None:
         """Count what an operator allocated until it is freed."""
