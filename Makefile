@@ -18,7 +18,7 @@ PYTEST = PATH="$(BIN):$$PATH" $(BIN)/python -m pytest -q -n $(JOBS) --dist loadf
 help:
 	@sed -n 's/^# //p' Makefile
 
-$(STAMP): setup.py requirements-tested.txt
+$(STAMP): setup.py requirements-tested.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements-tested.txt
 	$(BIN)/python -m pip install -e . --no-deps

@@ -1,5 +1,5 @@
 """Packaging: the folders kernels/ and data_gpu/ are imported as unival.kernels and
-unival.data_gpu; on x86-64 Linux the passes of kernels/cpu are compiled, where there is a compiler."""
+unival.data_gpu; on x86-64 Linux the passes of kernels/cpu are compiled, given a compiler."""
 
 import platform
 from pathlib import Path

@@ -53,8 +53,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from unival.data.batch import MEDIUM_KEYS, collate
 from unival.data.media import Loading, MediaLoader, MediaOptions
 from unival.data.records import Origin, Record
-from unival.model import flops
 from unival.kernels.cpu.memory import keep_freed
+from unival.model import flops
 from unival.model.configuration import UnivalConfig
 from unival.model.modeling import UnivalForConditionalGeneration
 from unival.tasks.base import Example

@@ -1,8 +1,8 @@
 """3x3 convolutions of stride 1 by Winograd's F(4x4, 3x3): 36 products where there were 144.
 
 A. Lavin and S. Gray, Fast Algorithms for Convolutional Neural Networks, 2015. A filter is evaluated
-at the points 0, a, -a, b, -b and infinity, a = 5/8 and b = 3/2, whose rounding error is half that of
-the usual 0, +-1, +-2:
+at the points 0, a, -a, b, -b and infinity, a = 5/8 and b = 3/2, whose rounding error is half that
+of the usual 0, +-1, +-2:
 
     B^T = [a^2 b^2  0       -a^2-b^2  0         1  0]    A^T = [1  1    1    1    1   0]
           [0       -a b^2   -b^2      a         1  0]          [0  a   -a    b   -b   0]

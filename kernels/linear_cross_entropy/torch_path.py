@@ -77,9 +77,7 @@ class Walk:
         self.sorted_list = self.sorted.tolist()
 
     def buffer(self) -> Tensor:
-        return torch.empty(
-            self.height, self.tokens, dtype=torch.float32, device=self.hidden.device
-        )
+        return torch.empty(self.height, self.tokens, dtype=torch.float32, device=self.hidden.device)
 
     def chunks(self) -> Iterator[Chunk]:
         for start in range(0, self.columns.count, self.height):

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from unival.kernels.convolution import op, winograd
-from unival.kernels.cpu import native
 from unival.kernels.convolution.op import convolution
+from unival.kernels.cpu import native
 from unival.model.convolution import Conv2d, Conv3d, differentiate
 
 NOT_BUILT = "the passes of kernels/cpu are not compiled: pip install -e . --no-deps, with g++"
@@ -178,7 +178,9 @@ def test_bad_shapes_are_named(x, weight, message: str) -> None:
     ],
     ids=str,
 )
-def test_the_module_computes_what_torch_does(monkeypatch, options, size, taken: bool | None) -> None:
+def test_the_module_computes_what_torch_does(
+    monkeypatch, options, size, taken: bool | None
+) -> None:
     monkeypatch.setattr(op, "PRODUCTS_ARE_FASTER", True)
     monkeypatch.setattr(op, "LEAST_CHANNELS", 64)
     ours = Conv2d(size[1], 144, **options)

@@ -20,9 +20,7 @@ SHAPES = [(1, 1), (3, 5), (33, 64), (1000, 17), (4097, 48), (70, 2048)]
 
 
 @pytest.fixture(autouse=True, params=["compiled", "torch"])
-def form(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None
-) -> str:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> str:
     """Both forms; what they write to holds NaN and lies between guards."""
     if request.param == "torch":
         monkeypatch.setattr(native, "AVAILABLE", False)
@@ -70,7 +68,9 @@ def test_moments_far_from_zero_do_not_cancel() -> None:
     """E[x^2] - E[x]^2 would be off by more than the variance of 1e-2 around 1e4."""
     x = 1e4 + 0.1 * torch.randn(5000, 32, generator=torch.Generator().manual_seed(0))
     variance, mean = rows.moments(x)
-    torch.testing.assert_close(variance.double(), x.double().var(0, correction=0), rtol=2e-2, atol=0)
+    torch.testing.assert_close(
+        variance.double(), x.double().var(0, correction=0), rtol=1e-3, atol=0
+    )
     torch.testing.assert_close(mean.double(), x.double().mean(0), rtol=1e-6, atol=0)
 
 
@@ -154,7 +154,7 @@ def test_what_is_not_a_number_is_passed_on() -> None:
 
 
 def test_gaps_and_other_dtypes_are_taken_too() -> None:
-    x, grad, norm = given((50, 32))
+    x, _, norm = given((50, 32))
     wide = torch.stack([x, x], 2).flatten(1)[:, ::2]
     assert not wide.is_contiguous()
     for found, wanted in zip(rows.moments(wide), rows.moments(x), strict=True):

@@ -19,7 +19,7 @@ class Given:
     """Scores [n, H, rows, T], what is added, and what a hidden key means."""
 
     def __init__(self, shape: tuple[int, ...], bias: str, padding: bool, ahead: int) -> None:
-        sequences, heads, rows, keys = shape
+        sequences, _, rows, keys = shape
         source = torch.Generator().manual_seed(sum(shape))
         self.scores = 4 * torch.randn(shape, generator=source)
         self.bias = None
