@@ -30,6 +30,15 @@ int64_t divide(int64_t count, int64_t channels, Body body) {
   return parts;
 }
 
+// Sums [channels] of parts that lie `stride` apart.
+void add_parts(const double* sums, int64_t parts, int64_t stride, int64_t channels, float* out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += sums[part * stride + c];
+    out[c] = static_cast<float>(sum);
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -156,15 +165,8 @@ void rows_gradients(const float* x, float* grad, const float* mean, const float*
       for (int64_t c = 0; c < channels; ++c) found[c] += p[c], found[channels + c] += q[c];
     }
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    double plain = 0, product = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-      plain += sums[part * width + c];
-      product += sums[part * width + channels + c];
-    }
-    sum[c] = static_cast<float>(plain);
-    along[c] = static_cast<float>(product);
-  }
+  add_parts(&sums[0], parts, width, channels, sum);
+  add_parts(&sums[channels], parts, width, channels, along);
 }
 
 void rows_input_gradient(const float* x, const float* grad, const float* factor,
@@ -224,10 +226,6 @@ void rows_mask(const float* grad, const float* y, float* out, float* sum, int64_
       for (int64_t c = 0; c < channels; ++c) found[c] += p[c];
     }
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    double plain = 0;
-    for (int64_t part = 0; part < parts; ++part) plain += sums[part * channels + c];
-    sum[c] = static_cast<float>(plain);
-  }
+  add_parts(&sums[0], parts, channels, channels, sum);
 }
 }

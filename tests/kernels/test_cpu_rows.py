@@ -100,7 +100,6 @@ def test_gradients_are_those_of_autograd(shape, relu: bool, shift: bool) -> None
     """Through a norm by the batch's own statistics and a ReLU."""
     x, grad, norm = given(shape, relu)
     less = torch.linspace(-1, 1, shape[1]) if shift and relu else None
-    upstream = grad if less is None else grad - less
     wide = x.double().requires_grad_()
     weight, bias = (value.double().requires_grad_() for value in (norm.weight, norm.bias))
     variance, mean = torch.var_mean(wide, 0, correction=0)

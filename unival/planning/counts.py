@@ -372,8 +372,7 @@ class Recorder(native.Recorder):
         phase = "backward" if self._backward else "forward"
         touched = touched_bytes(name, args, kwargs, out)
         flops = flops_of(func, args, kwargs, out)
-        # The loss keeps the memory of its gradient (kernels/cpu/memory.py).
-        fresh = 0 if kind == "loss" or func._schema.is_mutable else fresh_bytes(out)
+        fresh = 0 if func._schema.is_mutable else fresh_bytes(out)
         self.found[part, phase, kind, name, flops, touched, fresh] += 1
         self.seconds[part, phase, kind] += seconds
         return out
