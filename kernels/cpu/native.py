@@ -40,6 +40,10 @@ def _load() -> ctypes.CDLL | None:
 
 LIBRARY = _load()
 AVAILABLE = LIBRARY is not None
+NOT_AVAILABLE = (
+    "the passes of kernels/cpu are not compiled, or not for this processor (they want AVX2): "
+    "PyTorch's slower operators are used; with g++, pip install -e . --no-deps"
+)
 
 
 class Recorder(TorchDispatchMode):

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
+from unival.kernels.cpu import native
 from unival.kernels.triton_tools.launch import INTERPRETED
 
 GUARD = 64  # elements before and after a tensor; keeps 16-byte alignment in every dtype
@@ -25,6 +26,16 @@ def device() -> torch.device:
 
     install()
     return torch.device("cpu")
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both forms of a CPU's passes: compiled, and by PyTorch's operators."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "AVAILABLE", False)
+    elif not native.AVAILABLE:
+        pytest.skip(native.NOT_AVAILABLE)
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,6 @@ from unival.kernels.convolution.op import convolution
 from unival.kernels.cpu import native
 from unival.model.convolution import Conv2d, Conv3d, differentiate
 
-NOT_BUILT = "the passes of kernels/cpu are not compiled: pip install -e . --no-deps, with g++"
-
 SHAPES = [  # rows, channels, outputs, height, width, kernel, stride
     (2, 5, 7, 6, 8, 3, 1),
     (2, 32, 16, 8, 12, 3, 1),
@@ -33,13 +31,9 @@ SHAPES = [  # rows, channels, outputs, height, width, kernel, stride
 ]
 
 
-@pytest.fixture(autouse=True, params=["winograd", "torch"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both forms of 3x3: Winograd's wherever its transforms take the channels, and torch's."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "AVAILABLE", False)
-    elif not native.AVAILABLE:
-        pytest.skip(NOT_BUILT)
+@pytest.fixture(autouse=True)
+def few_channels(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3x3 by Winograd's form wherever its transforms take the channels, and by torch's."""
     monkeypatch.setattr(op, "LEAST_CHANNELS", 1)
 
 

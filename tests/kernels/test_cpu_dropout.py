@@ -9,8 +9,7 @@ from unival.kernels.cpu import native
 from unival.kernels.layernorm.op import residual_layer_norm
 from unival.kernels.layernorm.reference import branch_factor, residual_layer_norm_reference
 
-NOT_BUILT = "the passes of kernels/cpu are not compiled: pip install -e . --no-deps, with g++"
-pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=NOT_BUILT)
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=native.NOT_AVAILABLE)
 
 SHAPES = [(1, 1, 1), (2, 3, 7), (3, 2, 8), (2, 5, 13), (4, 33, 768)]
 RATES = [(0.1, 0.0), (0.0, 0.5), (0.3, 0.4), (0, 0.25)]

@@ -6,27 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from unival.kernels.cpu import native
 from unival.kernels.layernorm.op import gelu_layer_norm, layer_norm
 from unival.kernels.layernorm.reference import (
     gelu_layer_norm_reference,
     layer_norm_reference,
 )
 
-NOT_BUILT = "the passes of kernels/cpu are not compiled: pip install -e . --no-deps, with g++"
+pytestmark = pytest.mark.usefixtures("form")
+
 SHAPES = [(1, 1), (3, 7), (5, 8), (70, 13), (33, 768), (100, 3072)]
 FORMS = {
     "plain": (layer_norm, layer_norm_reference),
     "gelu": (gelu_layer_norm, gelu_layer_norm_reference),
 }
-
-
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "torch":
-        monkeypatch.setattr(native, "AVAILABLE", False)
-    elif not native.AVAILABLE:
-        pytest.skip(NOT_BUILT)
 
 
 def results(norm, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:

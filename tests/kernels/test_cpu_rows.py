@@ -14,19 +14,11 @@ from torch import Tensor
 from unival.kernels.cpu import native, rows
 from unival.kernels.cpu.rows import Norm
 
-NOT_BUILT = "the passes of kernels/cpu are not compiled: pip install -e . --no-deps, with g++"
+# Both forms; what they write to holds NaN and lies between guards.
+pytestmark = pytest.mark.usefixtures("form", "poisoned")
+
 # Rows and channels: one, fewer than a block of 32 or a vector, and shares of two threads.
 SHAPES = [(1, 1), (3, 5), (33, 64), (1000, 17), (4097, 48), (70, 2048)]
-
-
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> str:
-    """Both forms; what they write to holds NaN and lies between guards."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "AVAILABLE", False)
-    elif not native.AVAILABLE:
-        pytest.skip(NOT_BUILT)
-    return request.param
 
 
 def given(shape: tuple[int, int], relu: bool = True) -> tuple[Tensor, Tensor, Norm]:

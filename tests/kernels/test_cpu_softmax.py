@@ -9,8 +9,7 @@ from torch import Tensor
 from unival.kernels.attention.op import attention
 from unival.kernels.cpu import native
 
-NOT_BUILT = "the passes of kernels/cpu are not compiled: pip install -e . --no-deps, with g++"
-pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=NOT_BUILT)
+pytestmark = pytest.mark.skipif(not native.AVAILABLE, reason=native.NOT_AVAILABLE)
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 4, 7), (2, 2, 5, 8), (3, 1, 6, 9), (1, 2, 40, 31), (2, 3, 33, 600)]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unival.data.batch import MEDIUM_KEYS, collate
 from unival.generation.constraints import Trie
+from unival.kernels.cpu import native
 from unival.kernels.cpu.memory import keep_freed
 from unival.model.batchnorm import set_batchnorm_contribution, set_batchnorm_statistics
 from unival.model.compiling import compile_parts
@@ -215,6 +216,8 @@ class Engine:
         self.device = self.deepspeed.device
         if self.device.type == "cpu":
             keep_freed()
+            if not native.AVAILABLE:
+                log.info(native.NOT_AVAILABLE)
         self._stop = self._failed = False
         self.pieces = pieces(self.deepspeed, self.names)
         self.buffers = dict(model.named_buffers())
