@@ -231,9 +231,9 @@ def test_a_bomb_costs_neither_time_nor_memory(corpus, what):
     assert bombs
     for bomb in bombs:
         data = bomb.path.read_bytes()
-        started = time.perf_counter()
+        started = time.thread_time()
         assert refuses(inspect_image, data, LIMITS), bomb.what
-        assert time.perf_counter() - started < 0.05
+        assert time.thread_time() - started < 0.05
         tracemalloc.start()
         assert refuses(inspect_image, data, LIMITS)
         peak = tracemalloc.get_traced_memory()[1]
