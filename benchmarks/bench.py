@@ -49,6 +49,8 @@ from bench_readers import (
 from eager_baseline import LEAST, UNRELIABLE, LoadMeter, multiplies_bf16
 from train_step import ROOT, describe_machine
 
+from unival.training.logs import clock
+
 LAST_LINES = 15  # of a section that failed
 BUSY = 0.10  # of the cores; others that take more make a machine loaded
 LISTEN = 1.0  # seconds for which the load is measured
@@ -265,11 +267,6 @@ def run_section(section: Section, limit: float, folder: Path) -> Outcome:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         outcome.last = "\n".join(lines[-LAST_LINES:])
     return outcome
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def run_all(chosen: Sequence[Section], minutes: float, folder: Path) -> list[Outcome]:

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
+from progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_step import DTYPES, ROOT, describe_machine
@@ -571,7 +572,8 @@ def compare(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     meter, workers = LoadMeter(), [Worker(argv, variant) for variant in args.variants]
     try:
         same = check_same({worker.variant: worker.ask("check") for worker in workers})
-        rows = [row for phase in PHASES for row in _measure(args, phase, workers, meter)]
+        progress = Progress(len(PHASES) * (args.warmup + args.steps))
+        rows = [row for phase in PHASES for row in _measure(args, phase, workers, meter, progress)]
     finally:
         for worker in workers:
             worker.close()
@@ -593,25 +595,32 @@ def compare(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _measure(
-    args: argparse.Namespace, phase: str, workers: list[Worker], meter: LoadMeter
+    args: argparse.Namespace,
+    phase: str,
+    workers: list[Worker],
+    meter: LoadMeter,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Rows of a phase, in the order of the workers."""
     seconds: dict[str, list[float]] = {worker.variant: [] for worker in workers}
     order = list(workers)
     for number in range(args.warmup + args.steps):
+        told = []
         for worker in order:
             meter.begin()
             found = worker.ask(phase)
             meter.end(found["cpu"])
+            told.append(f"{worker.variant} {found['seconds']:.2f} s")
             if number >= args.warmup:
                 seconds[worker.variant].append(found["seconds"])
+        progress.line(f"{phase}: {', '.join(told)}")
         order.reverse()
     rows = []
     for worker in workers:
         own = seconds[worker.variant]
-        told = quantiles(own) | {"peak_bytes": worker.ask("peak")["bytes"]}
-        told |= {"reliable": is_reliable(own)}
-        rows.append({"phase": phase, "variant": worker.variant, **told})
+        row = {"phase": phase, "variant": worker.variant, **quantiles(own)}
+        row |= {"peak_bytes": worker.ask("peak")["bytes"], "reliable": is_reliable(own)}
+        rows.append(row)
     return rows
 
 

@@ -62,6 +62,7 @@ from hours_cases import (
     load_run,
     works,
 )
+from progress import Progress
 from torch import Tensor, nn
 from train_step import ROOT, describe_machine, matmul_peak
 
@@ -312,7 +313,7 @@ def run_case(case: Case, argv: Sequence[str]) -> dict[str, Any]:
 
 def collect(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """Measure and predict all cases that are asked for."""
-    rows = []
+    rows, progress = [], Progress(len(chosen(args)))
     for case in chosen(args):
         run = load_run(case, Scale())
         whole = works(case, run, Scale())
@@ -328,7 +329,7 @@ def collect(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
             }
         row["predicted"] = {gpu: predict(case, gpu, args.model) for gpu in args.predict}
         rows.append(row)
-        print(_progress(row), file=sys.stderr, flush=True)
+        progress.line(_said(row))
     return {
         "command": shlex.join(["python", "benchmarks/gpu_hours.py", *argv]),
         "options": {
@@ -340,7 +341,7 @@ def collect(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _progress(row: dict[str, Any]) -> str:
+def _said(row: dict[str, Any]) -> str:
     if "measured" not in row:
         return f"{row['case']}: predicted"
     measured = row["measured"]

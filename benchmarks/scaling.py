@@ -62,6 +62,7 @@ from engine_overhead import make_batch as make_rank_batch
 from engine_overhead import make_run
 from kernel_cases import Case, Maker, make_case, ours
 from peers import Peer, check, differentiate, eager
+from progress import Progress
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from train_step import DTYPES, ROOT, describe_machine
@@ -175,7 +176,7 @@ def attention_memory(peer: Peer, case: Case, script: ModuleType) -> dict[str, in
 def take_turns(timed: Sequence[Timed], repeats: int) -> list[dict[str, Any]]:
     """Rows with the quantiles of each one's seconds; every other round in reverse order."""
     seconds: list[list[float]] = [[] for _ in timed]
-    order, meter = list(range(len(timed))), LoadMeter()
+    order, meter, progress = list(range(len(timed))), LoadMeter(), Progress(repeats)
     for _ in range(repeats):
         for number in order:
             one = timed[number]
@@ -186,6 +187,7 @@ def take_turns(timed: Sequence[Timed], repeats: int) -> list[dict[str, Any]]:
             seconds[number].append((time.perf_counter() - wall) / one.passes)
             meter.end(time.process_time() - cpu)
         order.reverse()
+        progress.line(f"a turn of {len(timed)} cases")
     others = meter.read()["others_cores"]
     return [
         one.row | quantiles(found) | {"reliable": is_reliable(found), "others_cores": others}
@@ -207,7 +209,7 @@ def warmed(run: Callable[[], object], row: dict[str, Any]) -> Timed:
 def attention_rows(args: Namespace) -> list[dict[str, Any]]:
     """Attention over more and more tokens, ours and eager."""
     device, dtype, script = torch.device(args.device), DTYPES[args.dtype], kernels_script()
-    timed = []
+    timed, progress = [], Progress(len(args.tokens))
     for tokens in sorted(args.tokens):
         case = attention_case(tokens, device, dtype)
         for peer in PEERS:
@@ -222,7 +224,7 @@ def attention_rows(args: Namespace) -> list[dict[str, Any]]:
                 return sum(script.one_pass(peer, case))  # waits for a GPU
 
             timed.append(warmed(run, row))
-        _progress("attention", tokens)
+        progress.line(f"attention {tokens}: prepared")
     return with_slopes(take_turns(timed, args.repeats))
 
 
@@ -275,7 +277,7 @@ def pass_rows(args: Namespace) -> list[dict[str, Any]]:
         Subject(Namespace(**sizes), Variant("ours", args.dtype)),
         config_of(args.config),
     )
-    timed = []
+    timed, progress = [], Progress(len(args.batches) + len(args.texts))
     for section, option in (("batch", "batches"), ("text", "texts")):
         for value in sorted(getattr(args, option)):
             batch = make_batch(config, Namespace(**sizes | {section: value}))
@@ -290,7 +292,7 @@ def pass_rows(args: Namespace) -> list[dict[str, Any]]:
             timed.append(warmed(run, row))
             if section == "batch":
                 row["peak_bytes"] = peak_memory(subject.device)
-            _progress(section, value)
+            progress.line(f"{section} {value}: prepared")
     rows = take_turns(timed, args.repeats)
     for row in rows:
         row["samples_per_second"] = (row["value"] if row["section"] == "batch" else 1) / row["p50"]
@@ -343,6 +345,7 @@ def rank_rows(args: Namespace) -> list[dict[str, Any]]:
         ["unival.training.trainer", "deepspeed"]
     )
     rows: list[dict[str, Any]] = []
+    progress = Progress(len(args.ranks))
     for ranks in sorted(args.ranks):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.start_processes(
@@ -356,12 +359,8 @@ def rank_rows(args: Namespace) -> list[dict[str, Any]]:
         rows.append(row)
         if rows[0]["value"] == 1:
             row["efficiency"] = row["samples_per_second"] / rows[0]["samples_per_second"]
-        _progress("ranks", ranks)
+        progress.line(f"ranks {ranks}: measured")
     return rows
-
-
-def _progress(section: str, value: int) -> None:
-    print(f"{section}: {value}", file=sys.stderr, flush=True)
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -53,6 +53,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from unival.data.batch import MEDIUM_KEYS, collate
 from unival.data.media import Loading, MediaLoader, MediaOptions
 from unival.data.records import Origin, Record
+from unival.kernels.cpu import native
 from unival.kernels.cpu.memory import keep_freed
 from unival.model import flops
 from unival.model.configuration import UnivalConfig
@@ -313,7 +314,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": "cpu",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if device.type == "cuda":
+    if device.type == "cpu":
+        machine["compiled_passes"] = native.AVAILABLE
+    else:
         machine["device"] = torch.cuda.get_device_name(device)
         machine["tf32_matmul"] = torch.backends.cuda.matmul.allow_tf32
         machine["tf32_conv"] = torch.backends.cudnn.allow_tf32

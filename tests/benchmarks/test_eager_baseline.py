@@ -264,6 +264,9 @@ def test_variants_are_measured_in_processes_of_their_own(
     argv = [*TINY, "--steps", "2", "--warmup", "0", "--variants", "eager-fp32", "ours-fp32"]
     report = bench.compare(bench.parse(argv), argv)
     json.dumps(report)
+    said = capsys.readouterr().err
+    assert "[1 of 4] pass: eager-fp32 " in said and "[4 of 4] step: ours-fp32 " in said
+    assert "about 0:00 to go" in said.splitlines()[-1]
     assert report["differences"]["ours-fp32"] < 1e-3
     assert [(row["phase"], row["variant"]) for row in report["rows"]] == [
         ("pass", "eager-fp32"),
