@@ -28,7 +28,7 @@ def extensions() -> list[Extension]:
         Extension(
             "unival.kernels.cpu._passes",
             [f"kernels/cpu/{name}.cpp" for name in PASSES],
-            depends=["kernels/cpu/passes.h", "kernels/cpu/vector.h"],
+            depends=[f"kernels/cpu/{name}.h" for name in ("passes", "sums", "vector")],
             extra_compile_args=[*flags, "-fopenmp"],
             extra_link_args=["-fopenmp"],
             optional=True,

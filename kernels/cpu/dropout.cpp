@@ -1,10 +1,7 @@
 // Dropout and stochastic depth by counter: the numbers of kernels/triton_tools/philox.py.
 
 #include "passes.h"
-
-#include <immintrin.h>
-
-#include <algorithm>
+#include "vector.h"
 
 namespace {
 
@@ -19,7 +16,7 @@ inline void multiply(Words a, uint32_t by, Words& high, Words& low) {
 }
 
 // The first word of Philox-4x32-10 as float32 in [0, 1).
-inline __m256 uniform(uint64_t seed, Words column, uint32_t row, uint32_t plane) {
+inline Vector uniform(uint64_t seed, Words column, uint32_t row, uint32_t plane) {
   Words c0 = column, c1 = _mm256_set1_epi32(row), c2 = _mm256_set1_epi32(plane),
         c3 = _mm256_setzero_si256();
   uint32_t k0 = seed, k1 = seed >> 32;
@@ -39,34 +36,38 @@ inline __m256 uniform(uint64_t seed, Words column, uint32_t row, uint32_t plane)
   return _mm256_mul_ps(_mm256_cvtepi32_ps(positive), _mm256_set1_ps(4.6566127342e-10f));
 }
 
-}  // namespace
-
-extern "C" {
-
-void drop_branch(const float* branch, const float* residual, float* out, int64_t seed,
-                 int64_t batch, int64_t length, int64_t width, double dropout, double drop_path) {
-  const __m256 rate = _mm256_set1_ps(static_cast<float>(dropout));
+template <class T>
+void drop(const void* branches, const void* residuals, void* totals, int64_t seed, int64_t batch,
+          int64_t length, int64_t width, double dropout, double drop_path) {
+  const T *branch = static_cast<const T*>(branches), *residual = static_cast<const T*>(residuals);
+  T* out = static_cast<T*>(totals);
+  const Vector rate = all(static_cast<float>(dropout));
   const float scale = static_cast<float>(1.0 / ((1.0 - dropout) * (1.0 - drop_path)));
   const Words first = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < batch * length; ++row) {
     const float sample = _mm256_cvtss_f32(
         uniform(seed, _mm256_setzero_si256(), static_cast<uint32_t>(row / length), 1));
-    const __m256 factor = _mm256_set1_ps(sample >= static_cast<float>(drop_path) ? scale : 0.0f);
-    for (int64_t start = 0; start < width; start += 8) {
+    const Vector factor = all(sample >= static_cast<float>(drop_path) ? scale : 0.0f);
+    eights(width, [=](int64_t start, int64_t count) {
       const Words column = _mm256_add_epi32(first, _mm256_set1_epi32(static_cast<int>(start)));
-      const __m256 drawn = uniform(seed, column, static_cast<uint32_t>(row), 0);
-      const __m256 kept = _mm256_and_ps(_mm256_cmp_ps(drawn, rate, _CMP_GE_OQ), factor);
-      alignas(32) float by[8];
-      _mm256_store_ps(by, kept);
-      const int64_t place = row * width + start, left = std::min<int64_t>(8, width - start);
-      if (residual) {
-        for (int64_t i = 0; i < left; ++i)
-          out[place + i] = residual[place + i] + by[i] * branch[place + i];
-      } else {
-        for (int64_t i = 0; i < left; ++i) out[place + i] = by[i] * branch[place + i];
-      }
-    }
+      const Vector drawn = uniform(seed, column, static_cast<uint32_t>(row), 0);
+      const Vector by = _mm256_and_ps(_mm256_cmp_ps(drawn, rate, _CMP_GE_OQ), factor);
+      const int64_t place = row * width + start;
+      Vector found = by * load(branch + place, count);
+      if (residual) found = load(residual + place, count) + found;
+      store(out + place, count, found);
+    });
   }
+}
+
+}  // namespace
+
+extern "C" {
+
+void drop_branch(const void* branch, const void* residual, void* out, int64_t seed, int64_t batch,
+                 int64_t length, int64_t width, double dropout, double drop_path, int64_t half) {
+  (half ? drop<Bfloat16> : drop<float>)(branch, residual, out, seed, batch, length, width, dropout,
+                                        drop_path);
 }
 }

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-INTERFACE = 1  # of passes.h
+INTERFACE = 2  # of passes.h
 LINE = 16  # channels that the transforms take at a time
 
 
@@ -71,17 +71,24 @@ def is_cpu(x: Tensor) -> bool:
     return x.is_cpu or (recorder is not None and recorder.meta_is_cpu)
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the compiled passes take these: float32 on a CPU, without gaps, and not traced."""
+def takes(*tensors: Tensor, maps: Sequence[Tensor] = ()) -> bool:
+    """Whether the compiled passes take these: on a CPU, without gaps, and not traced; float32, or
+    maps that are all bfloat16.
+    """
     if not AVAILABLE or torch.compiler.is_compiling():
         return False
+    dtype = torch.bfloat16 if maps and is_half(maps[0]) else torch.float32
+    if any(x.dtype != torch.float32 for x in tensors) or any(x.dtype != dtype for x in maps):
+        return False
     return all(
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and is_cpu(tensor)
-        and tensor.dtype == torch.float32
-        and tensor.is_contiguous()
-        for tensor in tensors
+        type(x) in (Tensor, torch.nn.Parameter) and is_cpu(x) and x.is_contiguous()
+        for x in (*tensors, *maps)
     )
+
+
+def is_half(x: Tensor) -> bool:
+    """What the passes that know both dtypes are told of their maps."""
+    return x.dtype == torch.bfloat16
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> None:

@@ -1,42 +1,44 @@
-// What Python calls (native.py). All arrays are float32 without gaps; sizes count elements.
+// What Python calls (native.py). Arrays have no gaps; float* is float32, and void* too, or with
+// `half` bfloat16. Sizes count elements.
 #pragma once
 
 #include <cstdint>
 
 // native.py refuses a build with another number: raise it with every change of a signature.
-#define UNIVAL_INTERFACE 1
+#define UNIVAL_INTERFACE 2
 
 extern "C" {
 
 int64_t unival_interface();
 int64_t unival_threads();
 
-// rows [count, channels]
-void rows_moments(const float* x, float* mean, float* variance, int64_t count, int64_t channels);
-void rows_normalize(const float* x, const float* factor, const float* level, float* y,
-                    int64_t count, int64_t channels, int64_t relu);
-void rows_gradients(const float* x, float* grad, const float* mean, const float* factor,
+// rows [count, channels]; shortcut may be null
+void rows_moments(const void* x, float* mean, float* variance, int64_t count, int64_t channels,
+                  int64_t half);
+void rows_normalize(const void* x, const float* factor, const float* level, const void* shortcut,
+                    void* y, int64_t count, int64_t channels, int64_t relu, int64_t half);
+void rows_gradients(const void* x, void* grad, const float* mean, const float* factor,
                     const float* level, const float* shift, float* sum, float* along,
-                    int64_t count, int64_t channels, int64_t relu);
-void rows_input_gradient(const float* x, const float* grad, const float* factor,
-                         const float* slope, const float* offset, float* out, int64_t count,
-                         int64_t channels);
+                    int64_t count, int64_t channels, int64_t relu, int64_t half);
+void rows_input_gradient(const void* x, const void* grad, const float* factor,
+                         const float* slope, const float* offset, void* out, int64_t count,
+                         int64_t channels, int64_t half);
 void rows_finish(float* y, const float* bias, const float* shortcut, int64_t count,
                  int64_t channels);
-void rows_mask(const float* grad, const float* y, float* out, float* sum, int64_t count,
-               int64_t channels);
+void rows_mask(const void* grad, const void* y, void* out, float* sum, int64_t count,
+               int64_t channels, int64_t half);
 
 // [batch, length, width]; residual may be null
-void drop_branch(const float* branch, const float* residual, float* out, int64_t seed,
-                 int64_t batch, int64_t length, int64_t width, double dropout, double drop_path);
+void drop_branch(const void* branch, const void* residual, void* out, int64_t seed, int64_t batch,
+                 int64_t length, int64_t width, double dropout, double drop_path, int64_t half);
 
 // rows [count, width]; mean and scale [count]
-void layer_norm_forward(const float* x, const float* weight, const float* bias, float* y,
+void layer_norm_forward(const void* x, const float* weight, const float* bias, void* y,
                         float* mean, float* scale, int64_t count, int64_t width, double eps,
-                        int64_t gelu);
-void layer_norm_backward(const float* grad, const float* x, const float* weight,
-                         const float* mean, const float* scale, float* d_x, float* d_weight,
-                         float* d_bias, int64_t count, int64_t width, int64_t gelu);
+                        int64_t gelu, int64_t half);
+void layer_norm_backward(const void* grad, const void* x, const float* weight, const float* mean,
+                         const float* scale, void* d_x, float* d_weight, float* d_bias,
+                         int64_t count, int64_t width, int64_t gelu, int64_t half);
 
 // [sequences, heads, rows, keys]; bias and padding may be null, ahead is negative without a mask
 void softmax_forward(float* scores, const float* bias, const float* padding, float* largest,

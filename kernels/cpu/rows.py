@@ -1,7 +1,8 @@
 """Passes over maps as rows [N, C]: what norms, ReLUs and shortcuts do between products.
 
-In float32 on a CPU one compiled pass each (rows.cpp); elsewhere by PyTorch's operators, on a CPU
-part by part so that what lies between two of them stays in the cache.
+In float32 and bfloat16 on a CPU one compiled pass each (rows.cpp); elsewhere by PyTorch's
+operators, on a CPU part by part so that what lies between two of them stays in the cache.
+Statistics are in at least float32, and maps are rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ BLOCK = 1 << 20  # elements of a map that are summed at a time
 
 
 class Norm(NamedTuple):
-    """y = (x - mean) scale weight + bias for each channel, and max(y, 0) with `relu`."""
+    """y = (x - mean) scale weight + bias for each channel, and max(y, 0) with `relu`; all of them
+    [C] in what the dtype of x is computed in.
+    """
 
     mean: Tensor
     scale: Tensor
@@ -62,9 +65,9 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     PyTorch's variances of channels-last maps take longer than its sums and are no more exact.
     """
-    if native.takes(rows):
-        variance, mean = (rows.new_empty(rows.shape[1]) for _ in range(2))
-        native.call("rows_moments", rows, mean, variance, *rows.shape)
+    if native.takes(maps=(rows,)):
+        variance, mean = (rows.new_empty(rows.shape[1], dtype=torch.float32) for _ in range(2))
+        native.call("rows_moments", rows, mean, variance, *rows.shape, native.is_half(rows))
         return variance, mean
     mean = rows.mean(0, dtype=wide(rows.dtype))
     squares = torch.zeros_like(mean)
@@ -73,15 +76,17 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     return squares / len(rows), mean
 
 
-def normalize(rows: Tensor, norm: Norm) -> Tensor:
-    """y [N, C] of x, in the dtype of the statistics."""
+def normalize(rows: Tensor, norm: Norm, shortcut: Tensor | None = None) -> Tensor:
+    """y [N, C] of x, plus a shortcut [N, C] before the ReLU."""
     factor, level = norm.factor, norm.level
-    y = rows.new_empty(rows.shape, dtype=norm.mean.dtype)
-    if native.takes(rows, factor, level):
-        native.call("rows_normalize", rows, factor, level, y, *rows.shape, norm.relu)
+    if native.takes(factor, level, maps=(rows,) if shortcut is None else (rows, shortcut)):
+        y, options = torch.empty_like(rows), (norm.relu, native.is_half(rows))
+        native.call("rows_normalize", rows, factor, level, shortcut, y, *rows.shape, *options)
         return y
-    torch.addcmul(level, rows, factor, out=y)
-    return y.relu_() if norm.relu else y
+    y = torch.addcmul(level, rows, factor, out=rows.new_empty(rows.shape, dtype=factor.dtype))
+    if shortcut is not None:
+        y += shortcut
+    return (y.relu_() if norm.relu else y).to(rows.dtype)
 
 
 def gradients(
@@ -92,11 +97,12 @@ def gradients(
     With a ReLU dy is that before it: of the gradient [N, C] after it, less `shift` [C], which
     `grad` holds and which is overwritten.
     """
-    if native.takes(rows, grad, norm.mean):
+    if native.takes(norm.mean, maps=(rows, grad)):
         factor, level = norm.factor, norm.level
-        d_bias, along, none = rows.new_zeros(3, rows.shape[1])
+        d_bias, along, none = norm.mean.new_zeros(3, rows.shape[1])
         less = none if shift is None else shift
-        arguments = (norm.mean, factor, level, less, d_bias, along, *rows.shape, norm.relu)
+        options = (norm.relu, native.is_half(rows))
+        arguments = (norm.mean, factor, level, less, d_bias, along, *rows.shape, *options)
         native.call("rows_gradients", rows, grad, *arguments)
         return d_bias, along * norm.scale
     if norm.relu:
@@ -117,12 +123,14 @@ def input_gradient(
     factor = norm.factor
     slope = d_weight / total * factor * norm.scale
     offset = slope * norm.mean - d_bias / total * factor
-    d_x = rows.new_empty(rows.shape, dtype=norm.mean.dtype)
-    if native.takes(rows, grad, factor):
-        native.call("rows_input_gradient", rows, grad, factor, slope, offset, d_x, *rows.shape)
+    if native.takes(factor, maps=(rows, grad)):
+        d_x = torch.empty_like(rows)
+        given = (factor, slope, offset, d_x, *rows.shape, native.is_half(rows))
+        native.call("rows_input_gradient", rows, grad, *given)
         return d_x
+    d_x = rows.new_empty(rows.shape, dtype=factor.dtype)
     torch.addcmul(offset, rows, slope, value=-1, out=d_x)
-    return d_x.addcmul_(grad, factor)
+    return d_x.addcmul_(grad, factor).to(rows.dtype)
 
 
 def finish(y: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
@@ -138,9 +146,9 @@ def finish(y: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
 def mask(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient [N, C] before a ReLU that gave y, and its sums over N."""
     masked = grad.new_empty(grad.shape)
-    if native.takes(grad, y):
-        sums = grad.new_empty(grad.shape[1])
-        native.call("rows_mask", grad, y, masked, sums, *grad.shape)
+    if native.takes(maps=(grad, y)):
+        sums = grad.new_empty(grad.shape[1], dtype=torch.float32)
+        native.call("rows_mask", grad, y, masked, sums, *grad.shape, native.is_half(grad))
         return masked, sums
     torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=masked)
     return masked, masked.sum(0, dtype=wide(grad.dtype))

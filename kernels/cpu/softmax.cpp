@@ -22,24 +22,15 @@ struct Row {
 
   // Scores of 8 keys; those ahead and those behind the row are hidden.
   Vector at(int64_t key) const {
-    if (seen - key >= 8) {
-      Vector x = _mm256_loadu_ps(scores + key);
-      if (bias) x = x + _mm256_loadu_ps(bias + key);
-      return padding ? x + _mm256_loadu_ps(padding + key) : x;
-    }
-    const __m256i mask = lanes(seen - key);
-    Vector x = _mm256_maskload_ps(scores + key, mask);
-    if (bias) x = x + _mm256_maskload_ps(bias + key, mask);
-    if (padding) x = x + _mm256_maskload_ps(padding + key, mask);
-    return _mm256_blendv_ps(all(HIDDEN), x, _mm256_castsi256_ps(mask));
+    const int64_t count = seen - key;
+    Vector x = load(scores + key, count);
+    if (bias) x = x + load(bias + key, count);
+    if (padding) x = x + load(padding + key, count);
+    if (count >= 8) return x;
+    return _mm256_blendv_ps(all(HIDDEN), x, _mm256_castsi256_ps(lanes(count)));
   }
 
-  void store(int64_t key, Vector x) const {
-    if (keys - key >= 8)
-      _mm256_storeu_ps(scores + key, x);
-    else
-      _mm256_maskstore_ps(scores + key, lanes(keys - key), x);
-  }
+  void set(int64_t key, Vector x) const { store(scores + key, keys - key, x); }
 };
 
 inline float greatest(Vector x) {
@@ -77,7 +68,7 @@ void softmax_forward(float* scores, const float* bias, const float* padding, flo
     Vector most = all(HIDDEN);
     for (int64_t key = 0; key < keys; key += 8) {
       const Vector x = row.at(key);
-      row.store(key, x);
+      row.set(key, x);
       most = _mm256_max_ps(most, x);
     }
     float top = greatest(most);
@@ -86,7 +77,7 @@ void softmax_forward(float* scores, const float* bias, const float* padding, flo
     Vector sums[4] = {all(0.0f), all(0.0f), all(0.0f), all(0.0f)};
     for (int64_t key = 0; key < keys; key += 8) {
       const Vector y = exponential(plain.at(key) - all(top));
-      row.store(key, y);
+      row.set(key, y);
       sums[key / 8 % 4] = sums[key / 8 % 4] + y;
     }
     const float summed = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -105,8 +96,8 @@ void softmax_backward(float* scores, const float* bias, const float* padding, co
     const Row other{gradient + index * keys, nullptr, nullptr, keys, keys};
     for (int64_t key = 0; key < keys; key += 8) {
       const Vector y = exponential(row.at(key) - all(largest[index]));
-      row.store(key, y);
-      other.store(key, (other.at(key) - all(delta[index])) * y);
+      row.set(key, y);
+      other.set(key, (other.at(key) - all(delta[index])) * y);
     }
   }
 }

@@ -1,10 +1,11 @@
-// Eight float32 at a time, and functions of them.
+// Eight float32 at a time, functions of them, and how they lie in memory: as float32 or bfloat16.
 #pragma once
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 using Vector = __m256;
 
@@ -40,4 +41,50 @@ inline float total(Vector x) {
   float found = parts[0];
   for (int i = 1; i < 8; ++i) found += parts[i];
   return found;
+}
+
+// The upper half of a float32.
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+// The first `count` of eight elements; the others read as 0 and are not written.
+inline Vector load(const float* from, int64_t count) {
+  return count >= 8 ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, lanes(count));
+}
+
+inline void store(float* to, int64_t count, Vector x) {
+  if (count >= 8)
+    _mm256_storeu_ps(to, x);
+  else
+    _mm256_maskstore_ps(to, lanes(count), x);
+}
+
+inline Vector load(const Bfloat16* from, int64_t count) {
+  __m128i bits = _mm_setzero_si128();
+  std::memcpy(&bits, from, std::min<int64_t>(count, 8) * sizeof(Bfloat16));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// Rounds to the nearest, of two as near to the even one.
+inline void store(Bfloat16* to, int64_t count, Vector x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i upper = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  // The sum would make numbers of some NaN.
+  const __m256i number = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_ORD_Q));
+  upper = _mm256_blendv_epi8(_mm256_set1_epi32(0x7FC00000), upper, number);
+  upper = _mm256_srli_epi32(upper, 16);
+  const __m128i found =
+      _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+  std::memcpy(to, &found, std::min<int64_t>(count, 8) * sizeof(Bfloat16));
+}
+
+// Calls body(place, count) for every eight elements of a row; the last may be fewer.
+template <class Body>
+inline void eights(int64_t width, Body body) {
+  int64_t place = 0;
+#pragma GCC unroll 4
+  for (; place + 8 <= width; place += 8) body(place, 8);
+  if (place < width) body(place, width - place);
 }

@@ -21,7 +21,7 @@ def norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool) 
     x (of 8192 rows in bfloat16, a tenth is lost), and its CUDA kernels take one dtype: both get
     float32 where they need it.
     """
-    if x.numel() and native.takes(x, weight, bias):
+    if x.numel() and native.takes(maps=(x,)) and native.takes(maps=(weight, bias)):
         return _Norm.apply(x, weight, bias, float(eps), gelu)
     dtype = x.dtype
     if x.is_cpu or weight.dtype != dtype:
@@ -45,7 +45,8 @@ def residual_norm_torch(
     The numbers are the kernels' where they are compiled for a CPU, and where a seed is given,
     otherwise slowly; without a seed PyTorch's generator draws what is dropped.
     """
-    if (dropout > 0.0 or drop_path > 0.0) and branch.numel() and native.takes(branch, residual):
+    drops = (dropout > 0.0 or drop_path > 0.0) and branch.numel() > 0
+    if drops and native.takes(maps=(branch, residual)):
         seed = draw_seed(branch.device) if seed is None else seed
         number = 0 if seed.is_meta else int(seed)
         total = _DropBranch.apply(branch, residual, number, dropout, drop_path)
@@ -62,13 +63,14 @@ def residual_norm_torch(
 
 
 class _DropBranch(torch.autograd.Function):
-    """residual + DropPath(Dropout(branch)), float32 on a CPU; no mask is kept."""
+    """residual + DropPath(Dropout(branch)) on a CPU, rounded once; no mask is kept."""
 
     @staticmethod
     def forward(
         ctx: Any, branch: Tensor, residual: Tensor, seed: int, dropout: float, drop_path: float
     ) -> Tensor:
-        ctx.drawn = (seed, *branch.shape, float(dropout), float(drop_path))
+        rates = (float(dropout), float(drop_path))
+        ctx.drawn = (seed, *branch.shape, *rates, native.is_half(branch))
         total = torch.empty_like(branch)
         native.call("drop_branch", branch, residual, total, *ctx.drawn)
         return total
@@ -85,19 +87,20 @@ class _DropBranch(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
-    """LN(x) or LN(GELU(x)), float32 on a CPU; the activation is computed again in backward."""
+    """LN(x) or LN(GELU(x)) on a CPU; the activation is computed again in backward."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, gelu: bool
     ) -> Tensor:
-        width = x.shape[-1]
+        width, half = x.shape[-1], native.is_half(x)
         ctx.sizes = (x.numel() // width, width)
         y = torch.empty_like(x)
-        mean, scale = (x.new_empty(ctx.sizes[0]) for _ in range(2))
-        native.call("layer_norm_forward", x, weight, bias, y, mean, scale, *ctx.sizes, eps, gelu)
+        mean, scale = (x.new_empty(ctx.sizes[0], dtype=torch.float32) for _ in range(2))
+        given = (x, weight.float(), bias.float(), y, mean, scale)
+        native.call("layer_norm_forward", *given, *ctx.sizes, eps, gelu, half)
         ctx.save_for_backward(x, weight, mean, scale)
-        ctx.gelu = gelu
+        ctx.options = (gelu, half)
         return y
 
     @staticmethod
@@ -105,7 +108,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         grad, d_x = grad.contiguous(), torch.empty_like(x)
-        d_weight, d_bias = torch.empty_like(weight), torch.empty_like(weight)
-        given = (grad, x, weight, mean, scale, d_x, d_weight, d_bias)
-        native.call("layer_norm_backward", *given, *ctx.sizes, ctx.gelu)
-        return d_x, d_weight, d_bias, None, None
+        d_weight, d_bias = (torch.empty_like(weight, dtype=torch.float32) for _ in range(2))
+        given = (grad, x, weight.float(), mean, scale, d_x, d_weight, d_bias)
+        native.call("layer_norm_backward", *given, *ctx.sizes, *ctx.options)
+        return d_x, d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None

@@ -35,6 +35,23 @@ def test_what_is_dropped_is_what_the_kernels_drop(shape, rates, poisoned: None) 
         assert torch.equal(found[1], upstream)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_is_rounded_once(shape, poisoned: None) -> None:
+    seed, rates = torch.tensor([12345]), (0.3, 0.4)
+    branch, residual, upstream = (torch.rand(3, *shape) + 1).bfloat16()
+    branch.requires_grad_()
+    weight = torch.ones(shape[2]).bfloat16()
+    total, _ = residual_layer_norm(branch, residual, weight, weight, 1e-5, *rates, seed=seed)
+    (found,) = torch.autograd.grad(total, [branch], upstream)
+    factor = branch_factor(shape, *rates, seed).double()
+    for value, wanted in (
+        (total, residual.double() + factor * branch.double()),
+        (found, factor * upstream.double()),
+    ):
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.double(), wanted, rtol=2**-8, atol=0)
+
+
 def test_seeds_come_from_pytorch_s_generator() -> None:
     branch, residual = torch.rand(2, 2, 40, 64)
     weight = torch.ones(64)

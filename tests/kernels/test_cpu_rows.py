@@ -130,6 +130,68 @@ def test_finish_and_mask(shape: tuple[int, int]) -> None:
     close(sums, masked.double().sum(0), masked.sum(0))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16_maps_are_computed_in_float32_and_rounded_once(shape: tuple[int, int]) -> None:
+    x, grad, norm = given(shape)
+    x, grad, count = x.bfloat16(), grad.bfloat16(), shape[0]
+    wide, dy = x.double(), grad.double()
+    plain = exact(norm)
+    apart = (wide - plain.mean) * plain.scale
+    size = float(apart.abs().max() * plain.weight.abs().max() + plain.bias.abs().max())
+
+    def rounded(found: Tensor, wanted: Tensor) -> None:
+        assert found.dtype == torch.bfloat16
+        excess = (found.double() - wanted).abs() - 2**-8 * wanted.abs()
+        assert excess.max() <= 3e-6 * (size + float(dy.abs().max() * plain.factor.abs().max()))
+
+    variance, mean = rows.moments(x)
+    close(variance, wide.var(0, correction=0), x.float().var(0, correction=0))
+    close(mean, wide.mean(0), x.float().mean(0))
+    wanted = apart * plain.weight + plain.bias
+    rounded(rows.normalize(x, norm), wanted.relu())
+    rounded(rows.normalize(x, norm, x.flip(0)), (wanted + wide.flip(0)).relu())
+
+    y = rows.normalize(x, norm)
+    masked, sums = rows.mask(grad, y)
+    assert torch.equal(masked, torch.where(y > 0, grad, 0))
+    close(sums, masked.double().sum(0), masked.float().sum(0))
+
+    for shift in (torch.zeros(shape[1]), torch.linspace(-1, 1, shape[1])):
+        upstream = (dy - shift.double()) * (y > 0)
+        kept = grad.clone()
+        d_bias, d_weight = rows.gradients(x, kept, norm, shift)
+        assert kept.dtype == torch.bfloat16
+        torch.testing.assert_close(kept.double(), upstream, rtol=2**-8, atol=1e-6)
+        # By PyTorch's operators the sums are of what was rounded.
+        bound = 2**-8 * upstream.abs().sum(0).max()
+        assert (d_bias.double() - upstream.sum(0)).abs().max() <= bound
+        bound = 2**-8 * (upstream * apart).abs().sum(0).max()
+        assert (d_weight.double() - (upstream * apart).sum(0)).abs().max() <= bound + 1e-5
+    smooth = norm._replace(relu=False)
+    d_bias, d_weight = rows.gradients(x, grad.clone(), smooth)
+    sums = dy.sum(0), (dy * apart).sum(0)
+    assert (d_bias.double() - sums[0]).abs().max() <= 1e-6 * dy.abs().sum(0).max()
+    assert (d_weight.double() - sums[1]).abs().max() <= 1e-5 * dy.abs().sum(0).max()
+    d_x = rows.input_gradient(x, grad, smooth, d_bias, d_weight, count)
+    rounded(d_x, plain.factor * (dy - sums[0] / count - apart * sums[1] / count))
+
+
+def test_rounding_to_bfloat16_is_pytorch_s() -> None:
+    """Of every kind of float32: ties, subnormal numbers, what overflows, infinities, NaN."""
+    source = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (4096,), generator=source, dtype=torch.int64)
+    ties = (torch.arange(-32768, 32768, 7) << 16) + 0x8000
+    ends = torch.tensor([0x7F7FFFFF, 0x7F7F7FFF, 0x7F7F8000, 0x7F800000, 0x7F800001, 0x7FFFFFFF])
+    level = torch.cat([bits, ties, ends, ends - 2**31]).to(torch.int32).view(torch.float32)
+    zeros, ones = torch.zeros(3, len(level)), torch.ones(len(level))
+    norm = Norm(zeros[0], ones, ones, level)
+    wanted = level.bfloat16()
+    for found in rows.normalize(zeros.bfloat16(), norm):
+        number = ~level.isnan()
+        assert torch.equal(found.isnan(), level.isnan())
+        assert torch.equal(found[number], wanted[number])
+
+
 def test_what_is_not_a_number_is_passed_on() -> None:
     x, grad, norm = given((40, 16))
     x[3, 2], x[4, 5] = float("nan"), float("inf")

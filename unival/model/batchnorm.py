@@ -70,10 +70,8 @@ class _NormalizeBatch(torch.autograd.Function):
             variance = (sums[1] / sums[2] - shared.square()).clamp(min=0).to(mean.dtype)
             mean, total = shared.to(mean.dtype), sums[2].to(mean.dtype)
         scale = torch.rsqrt(variance + eps)
-        y = passes.normalize(rows, Norm(mean, scale, weight, bias, relu and shortcut is None))
-        if shortcut is not None:
-            y = finish(y, as_rows(shortcut), relu)
-        y = as_maps(y.to(x.dtype), x)
+        beside = None if shortcut is None else as_rows(shortcut)
+        y = as_maps(passes.normalize(rows, Norm(mean, scale, weight, bias, relu), beside), x)
         unbiased = variance * (total / (total - 1).clamp(min=1))
         ctx.save_for_backward(x, weight, bias, mean, scale, total, y if relu else None)
         ctx.has_shortcut, ctx.sync, ctx.contributes = shortcut is not None, sync, contributes
@@ -94,9 +92,9 @@ class _NormalizeBatch(torch.autograd.Function):
         if ctx.contributes or not ctx.sync:
             d_x = passes.input_gradient(rows, upstream, norm, *sums, total)
         else:
-            d_x = upstream * norm.factor
+            d_x = (upstream * norm.factor).to(x.dtype)
         return (
-            as_maps(d_x.to(x.dtype), x),
+            as_maps(d_x, x),
             d_weight.to(weight.dtype),
             d_bias.to(weight.dtype),
             as_maps(upstream, x) if ctx.has_shortcut else None,
