@@ -36,6 +36,7 @@ CHUNK_ELEMENTS = 1 << 19  # of a chunk's logits, 2 MiB, where they are made twic
 # Where the logits are kept, few large operations are better than ones that stay in the cache:
 # threads wait for one another at the end of each, long on a machine that others use too.
 KEPT_CHUNK_ELEMENTS = 1 << 22
+COPIED_ELEMENTS = 1 << 21  # of a 16-bit embedding that are copied to float32 at a time, 8 MiB
 LONGEST_SUM = 1 << 14  # ids; the product that sums over more was measured slower than its parts
 SHORTEST = 128  # ids of a chunk
 KEEP_BYTES = 48_000_000  # logits of the whole vocabulary are kept up to this size
@@ -70,7 +71,10 @@ class Walk:
         self.embedding = inputs.embedding
         self.tokens = len(counted)
         self.columns = options.columns
-        fitting = max(chunk_elements // max(self.tokens, 1), SHORTEST)
+        fitting = chunk_elements // max(self.tokens, 1)
+        if self.embedding.dtype != torch.float32:
+            fitting = min(fitting, COPIED_ELEMENTS // max(self.embedding.shape[1], 1))
+        fitting = max(fitting, SHORTEST)
         self.height = min(fitting, self.columns.count)
         self.order = self.target.argsort()
         self.sorted = self.target[self.order]

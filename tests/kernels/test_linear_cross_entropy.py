@@ -200,16 +200,18 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backward, "CHUNK_BYTES", 63 * 4 * 130)
     monkeypatch.setattr(torch_path, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(torch_path, "KEPT_CHUNK_ELEMENTS", 63 * 200)
+    monkeypatch.setattr(torch_path, "COPIED_ELEMENTS", 1)
     monkeypatch.setattr(torch_path, "LONGEST_SUM", 100)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", ["video qa", "captions", "image codes"])
 def test_chunks_of_the_vocabulary(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, recipe: str, backend: str
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, recipe: str, dtype, backend: str
 ) -> None:
     small_chunks(monkeypatch)
-    Case(device, **RECIPES[recipe]).check(backend)
+    Case(device, dtype=dtype, **RECIPES[recipe]).check(backend)
 
 
 @pytest.mark.parametrize("recipe", ["video qa", "image codes"])
@@ -414,6 +416,22 @@ def test_memory_of_the_cpu_path(
     gradients = (hidden.numel() + embedding.numel()) * dtype.itemsize
     assert torch_path.kept_elements(n, asked._replace(classes=59_457)) == 0
     assert 0 < found.peak - gradients <= BOUND
+
+
+def test_no_float32_copy_of_a_16_bit_vocabulary_is_made() -> None:
+    n, classes, dim = 16, 30_000, 768
+    hidden = torch.randn(n, dim).bfloat16()
+    embedding = (0.02 * torch.randn(classes, dim)).bfloat16()
+    inputs = Inputs(hidden, embedding, torch.randint(0, classes, (n,)), None, None)
+    asked = Options(classes, 0.1, None, 0.0, None)
+    with allocations() as found:
+        done, kept = torch_path.forward(inputs, asked, True)
+        torch_path.backward(torch.ones(()), inputs, done.rows, kept, asked, True, True)
+    gradients = (hidden.numel() + embedding.numel()) * hidden.itemsize
+    logits = 4 * n * classes
+    assert kept.numel() * 4 == logits
+    # The embedding has 92 MB in float32, a part of it 8.
+    assert 0 < found.peak - gradients - logits <= 20 << 20
 
 
 @pytest.mark.gpu
