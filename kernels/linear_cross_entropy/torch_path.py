@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unival.kernels.linear_cross_entropy.per_token import (
     AT_TARGET,
@@ -39,6 +40,7 @@ KEPT_CHUNK_ELEMENTS = 1 << 22
 COPIED_ELEMENTS = 1 << 21  # of a 16-bit embedding that are copied to float32 at a time, 8 MiB
 LONGEST_SUM = 1 << 14  # ids; the product that sums over more was measured slower than its parts
 SHORTEST = 128  # ids of a chunk
+FULL = 8  # tokens; of more, those that fill no eight cost a CPU's product more than eight do
 KEEP_BYTES = 48_000_000  # logits of the whole vocabulary are kept up to this size
 
 
@@ -70,6 +72,8 @@ class Walk:
         self.allowed = allowed if everyone or allowed is None else allowed[counted]
         self.embedding = inputs.embedding
         self.tokens = len(counted)
+        missing = -self.tokens % FULL if self.tokens > FULL else 0
+        self.filled = F.pad(self.hidden, (0, 0, 0, missing)) if missing else self.hidden
         self.columns = options.columns
         fitting = chunk_elements // max(self.tokens, 1)
         if self.embedding.dtype != torch.float32:
@@ -100,7 +104,9 @@ class Walk:
     def logits(self, chunk: Chunk, out: Tensor) -> Tensor:
         """Logits before any mask, in the first rows of out."""
         out = out[: chunk.stop - chunk.start]
-        return torch.mm(self.embedded(chunk), self.hidden.T, out=out)
+        if self.filled is self.hidden:
+            return torch.mm(self.embedded(chunk), self.hidden.T, out=out)
+        return out.copy_(torch.mm(self.embedded(chunk), self.filled.T)[:, : self.tokens])
 
     def targets(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """(row of the chunk, token) of the targets inside."""
