@@ -1,8 +1,8 @@
 """The predictor against passes that were measured: predictor_cpu.json beside this file.
 
 Made by benchmarks/predictor_check.py --ceilings configs/ceilings/cpu_reference.yaml --json on one
-core of an AMD EPYC (AVX2) with the compiled passes, on shapes that neither the calibration, which
-was days before, nor the predictor was made with.
+core of an AMD EPYC (AVX2) with the compiled passes, on shapes that neither the calibration, a run
+some hours before, nor the predictor was made with.
 """
 
 from __future__ import annotations
