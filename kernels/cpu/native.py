@@ -73,12 +73,14 @@ def is_cpu(x: Tensor) -> bool:
 
 def takes(*tensors: Tensor, maps: Sequence[Tensor] = ()) -> bool:
     """Whether the compiled passes take these: on a CPU, without gaps, and not traced; float32, or
-    maps that are all bfloat16.
+    maps that are all bfloat16. Maps have one shape: a pass would read beyond the smaller one.
     """
     if not AVAILABLE or torch.compiler.is_compiling():
         return False
     dtype = torch.bfloat16 if maps and is_half(maps[0]) else torch.float32
-    if any(x.dtype != torch.float32 for x in tensors) or any(x.dtype != dtype for x in maps):
+    if any(x.dtype != torch.float32 for x in tensors):
+        return False
+    if any(x.dtype != dtype or x.shape != maps[0].shape for x in maps):
         return False
     return all(
         type(x) in (Tensor, torch.nn.Parameter) and is_cpu(x) and x.is_contiguous()

@@ -135,7 +135,7 @@ def input_gradient(
 
 def finish(y: Tensor, bias: Tensor, shortcut: Tensor) -> Tensor:
     """max(y + bias + shortcut, 0) of [N, C], in place."""
-    if native.takes(y, bias, shortcut):
+    if y.shape == shortcut.shape and native.takes(y, bias, shortcut):
         native.call("rows_finish", y, bias, shortcut, *y.shape)
         return y
     y += bias

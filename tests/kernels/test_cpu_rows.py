@@ -176,6 +176,15 @@ def test_bfloat16_maps_are_computed_in_float32_and_rounded_once(shape: tuple[int
     rounded(d_x, plain.factor * (dy - sums[0] / count - apart * sums[1] / count))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fewer_rows_beside_are_refused_and_not_read_beyond(dtype: torch.dtype) -> None:
+    x, _, norm = given((40, 16))
+    x = x.to(dtype)
+    for run in (rows.normalize, lambda x, norm, beside: rows.finish(x, norm.bias, beside)):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            run(x.clone(), norm, x[:10].clone())
+
+
 def test_rounding_to_bfloat16_is_pytorch_s() -> None:
     """Of every kind of float32: ties, subnormal numbers, what overflows, infinities, NaN."""
     source = torch.Generator().manual_seed(0)
